@@ -1,0 +1,249 @@
+// Core: who holds which pages, who waits for some, and what happens next.
+//
+// It is the broker without its sockets: sessions call in, listeners are told,
+// a Backend makes the memory, a Clock says the time. The server wires it to the
+// real ones, tests to fakes.
+//
+//   ASSIGN_OR_RETURN(auto core, Core::Create(options));
+//   ASSIGN_OR_RETURN(SessionId id, core->OpenSession(peer, open, listener));
+//   RETURN_IF_ERROR(core->Handle(id, Acquire{...}));    // listener: Granted
+//   core->HungUp(id); core->ProcessGone(id);            // pages come back
+//
+// Data has three ways through. Grant, down: Acquire -> policy -> ledger ->
+// backend -> listener. Reclaim, up: policy -> listener -> Return -> ledger.
+// Observation: Snapshot.
+//
+// Threads: every call is safe from any thread. One lock, never held over a
+// backend call or a listener; what a call decides is collected under the lock,
+// done after it, and checked against the ledger again where it took time.
+// Nothing here sleeps or starts threads: RunDue does what time has made due.
+#ifndef KVBROKER_BROKER_CORE_CORE_H_
+#define KVBROKER_BROKER_CORE_CORE_H_
+
+#include <cstdint>
+#include <functional>
+#include <list>
+#include <map>
+#include <memory>
+#include <optional>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/container/node_hash_map.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "broker/base/bytes.h"
+#include "broker/base/clock.h"
+#include "broker/base/ids.h"
+#include "broker/base/mutex.h"
+#include "broker/core/actions.h"
+#include "broker/core/claim.h"
+#include "broker/core/listener.h"
+#include "broker/core/session_state.h"
+#include "broker/core/status.h"
+#include "broker/device/backend.h"
+#include "broker/ledger/ledger.h"
+#include "broker/policy/policy_config.h"
+#include "broker/policy/snapshot.h"
+#include "proto/messages.h"
+
+namespace kvbroker {
+
+// Whom a session belongs to, by the kernel's word.
+struct Peer {
+  std::string tenant;  // trust domain, such as "uid:1000/pidns:4026531836"
+  uint32_t uid = 0;
+  uint32_t pid = 0;  // as the broker sees it; 0 where it cannot
+};
+
+// INVALID_ARGUMENT unless it is 1 to 128 of the characters A-Z a-z 0-9 _ . -
+absl::Status CheckInstanceName(const std::string& name);
+
+struct CoreOptions {
+  Backend* backend = nullptr;  // outlives the core
+  Clock* clock = nullptr;      // outlives the core
+  // Bytes that may be lent; at most the device's total.
+  Bytes capacity;
+  PolicyConfig policy;
+  uint64_t incarnation = 0;
+  // Descriptors exported and not yet acknowledged, over all sessions.
+  uint32_t descriptor_window = 4096;
+  // Called (without the lock) when RunDue has to run earlier than it last said.
+  std::function<void()> wake;
+  // One line an event: "grant instance=a pages=3 ...". Without the lock.
+  std::function<void(std::string_view line)> log;
+};
+
+class Core {
+ public:
+  static absl::StatusOr<std::unique_ptr<Core>> Create(CoreOptions options);
+  ~Core();
+
+  // ---- sessions (called by the transport) ----
+
+  // Admits a process. The listener is told Opened before anything else.
+  // INVALID_ARGUMENT names the field; FAILED_PRECONDITION: version, draining,
+  // or (instance, member, rank) is taken by a live process.
+  absl::StatusOr<SessionId> OpenSession(
+      const Peer& peer, const Open& open,
+      std::shared_ptr<SessionListener> listener);
+
+  // One message of a session, any but Open. A failed status means the peer
+  // broke the protocol: the transport closes the session with it.
+  absl::Status Handle(SessionId session, const ClientMessage& message);
+
+  // The peer acknowledged that many descriptors.
+  absl::Status DescriptorsReceived(SessionId session, uint32_t count);
+
+  // A connection of the session ended. No more grants; its pages stay lent,
+  // since the process may still map them.
+  void HungUp(SessionId session);
+
+  // The session's process has exited: all it held is free. Implies HungUp.
+  void ProcessGone(SessionId session);
+
+  // ---- operators ----
+
+  CoreSnapshot Snapshot();
+  // All NOT_FOUND errors list the names that exist.
+  absl::StatusOr<InstanceStatus> SetPolicy(const InstanceSelector& which,
+                                           const PolicyChange& change);
+  // Returns the pids that were fenced.
+  absl::StatusOr<std::vector<uint32_t>> Delete(const InstanceSelector& which,
+                                               bool force);
+  absl::StatusOr<Explanation> Explain(const InstanceSelector& which);
+  // No new sessions and no more grants; what is lent stays with its holders.
+  void Drain();
+
+  // ---- time ----
+
+  // Does what is due; says when to call again (InfiniteFuture: nothing pends).
+  absl::Time RunDue();
+
+  // For tests: everything the ledger knows, recomputed from scratch.
+  absl::Status CheckInvariants();
+
+ private:
+  explicit Core(CoreOptions options);
+
+  // ---- sessions.cc: the peer's words, checked ----
+  absl::Status On(SessionState& session, const Open& message, Actions& actions)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  absl::Status On(SessionState& session, const Acquire& message,
+                  Actions& actions) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  absl::Status On(SessionState& session, const Cancel& message,
+                  Actions& actions) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  absl::Status On(SessionState& session, const Mapped& message,
+                  Actions& actions) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  absl::Status On(SessionState& session, const Return& message,
+                  Actions& actions) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  absl::Status On(SessionState& session, const ReclaimAnswer& message,
+                  Actions& actions) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  absl::Status On(SessionState& session, const Report& message,
+                  Actions& actions) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  absl::Status On(SessionState& session, const Resend& message,
+                  Actions& actions) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  absl::Status On(SessionState& session, const LimitAck& message,
+                  Actions& actions) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Pages come back from the peer, whatever message says so.
+  absl::Status TakeBack(SessionState& session, PoolId pool,
+                        const std::vector<PageName>& pages, Actions& actions)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  absl::StatusOr<LedgerPool*> OwnPool(const SessionState& session, PoolId pool)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // `name`: the one in force for it.
+  absl::Status CheckOpen(const Peer& peer, const Open& open,
+                         const std::string& name)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  std::string NameInForce(const Peer& peer, const std::string& wished)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void EraseSession(SessionId id, std::string_view why, Actions& actions)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Pages whose handles were never handed out: nobody can map them.
+  void TakeBackUnsent(SessionState& session, Actions& actions)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void Fence(SessionState& session, std::string reason, Actions& actions)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void DropClaims(SessionId id) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+
+  // ---- arbitration.cc: claims, orders, time ----
+  PolicySnapshot TakeSnapshot() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Serves what can be served, asks for what must be asked for.
+  void Arbitrate(Actions& actions) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Grants from free memory without a snapshot. REQUIRES: nobody waits.
+  bool GrantAtOnce(const Claim& claim, Actions& actions)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Pages lent or set aside, 0 where the claim was refused instead. Nothing:
+  // memory has to come back from the stock first; the claim waits.
+  std::optional<PageCount> StartGrant(const Claim& claim, PageCount pages,
+                                      Actions& actions)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void Refuse(const Claim& claim, absl::StatusCode code, std::string reason,
+              Actions& actions) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void Order(PoolId pool, PageCount hold_at_most, Tier tier, Actions& actions)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void ExpireClaims(Actions& actions) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void ExpireOrders(Actions& actions) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void ExpireInstances(Actions& actions) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  absl::Time NextDue() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  std::vector<Holder> Holders() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+
+  // ---- lending.cc: the work after the lock ----
+  void Run(Actions actions) ABSL_LOCKS_EXCLUDED(mu_);
+  void Make(MakePages make, Actions& next) ABSL_LOCKS_EXCLUDED(mu_);
+  void Send(SendHandles send, Actions& next) ABSL_LOCKS_EXCLUDED(mu_);
+  // Puts handles into stock where a claim waits for such, else up for release.
+  void Recycle(const std::string& tenant, std::vector<HandleRef> handles,
+               Actions& actions) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // All stock goes back to the device.
+  void ReleaseStock(Actions& actions) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void PumpDescriptors(SessionState& session, Actions& actions)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Takes `count` out of the session's window and the common one.
+  void CloseWindow(SessionState& session, uint32_t count, Actions& actions)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+
+  // ---- operators.cc ----
+  absl::StatusOr<LedgerInstance*> Select(const InstanceSelector& which)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  size_t CountWithoutProcess(const std::string& tenant)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  InstanceStatus StatusOf(const LedgerInstance& instance,
+                          const PolicySnapshot& snapshot)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void AnnounceLimits(LedgerInstance& instance, Actions& actions)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+
+  absl::Time Now() const { return options_.clock->Now(); }
+
+  const CoreOptions options_;
+  const absl::Time started_;
+
+  Mutex mu_;
+  Ledger ledger_ ABSL_GUARDED_BY(mu_);
+  absl::node_hash_map<SessionId, SessionState> sessions_ ABSL_GUARDED_BY(mu_);
+  absl::node_hash_map<PoolId, PoolState> pools_ ABSL_GUARDED_BY(mu_);
+  std::map<Ledger::InstanceKey, InstanceState> instances_ ABSL_GUARDED_BY(mu_);
+  std::list<Claim> claims_ ABSL_GUARDED_BY(mu_);  // in order of arrival
+  // What time may change, so that a call need not look at everybody: pools with
+  // an order in force, and instances above their limit, with credit or without
+  // a process.
+  std::set<PoolId> ordered_ ABSL_GUARDED_BY(mu_);
+  std::set<Ledger::InstanceKey> watched_ ABSL_GUARDED_BY(mu_);
+  uint64_t next_session_ ABSL_GUARDED_BY(mu_) = 1;
+  uint64_t next_pool_ ABSL_GUARDED_BY(mu_) = 1;
+  uint64_t next_grant_ ABSL_GUARDED_BY(mu_) = 1;
+  uint32_t unacked_descriptors_ ABSL_GUARDED_BY(mu_) = 0;
+  // A send failed for want of descriptors: pump again then.
+  absl::Time pump_at_ ABSL_GUARDED_BY(mu_) = absl::InfiniteFuture();
+  bool draining_ ABSL_GUARDED_BY(mu_) = false;
+  // What RunDue answered last: `wake` is called when something is due earlier.
+  absl::Time promised_ ABSL_GUARDED_BY(mu_) = absl::InfiniteFuture();
+};
+
+}  // namespace kvbroker
+
+#endif  // KVBROKER_BROKER_CORE_CORE_H_

@@ -1,0 +1,65 @@
+// Random programs against what must always hold: core_model.h.
+//
+// KVBROKER_TEST_SEED and KVBROKER_TEST_INSTRUCTIONS choose another run; the
+// seed is printed. A failure prints a short program that fails alike: paste it
+// into a test below.
+#include "broker/core/testing/core_model.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <iostream>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "absl/strings/numbers.h"
+#include "gtest/gtest.h"
+
+namespace kvbroker {
+namespace {
+
+constexpr int kProgramLength = 400;
+
+uint64_t FromEnvironment(const char* variable, uint64_t otherwise) {
+  const char* text = std::getenv(variable);
+  uint64_t value = otherwise;
+  if (text != nullptr && !absl::SimpleAtoi(text, &value)) {
+    ADD_FAILURE() << variable << ": not a number: " << text;
+  }
+  return value;
+}
+
+TEST(CoreModel, HoldsForRandomPrograms) {
+  const uint64_t seed = FromEnvironment("KVBROKER_TEST_SEED", 1);
+  const uint64_t instructions =
+      FromEnvironment("KVBROKER_TEST_INSTRUCTIONS", 100'000);
+  std::cout << "KVBROKER_TEST_SEED=" << seed << "\n";
+  std::mt19937_64 random(seed);
+  CoreModel::Statistics statistics;
+  while (statistics.instructions < static_cast<int64_t>(instructions)) {
+    const std::vector<Instruction> program =
+        RandomProgram(random, kProgramLength);
+    absl::Status status = CoreModel::Run(program, &statistics);
+    if (status.ok()) continue;
+    const std::vector<Instruction> shrunk = Shrink(program);
+    FAIL() << "seed " << seed << ", after " << statistics.instructions
+           << " instructions: " << status << "\nIn short, "
+           << CoreModel::Run(shrunk) << ":\n"
+           << ToCpp(shrunk);
+  }
+  std::cout << statistics.instructions << " instructions, " << statistics.grants
+            << " grants, " << statistics.refusals << " refusals, "
+            << statistics.orders << " orders, " << statistics.preempts
+            << " preemptions, " << statistics.below_share
+            << " claims below their share served\n";
+  // It is no use to check what never happens.
+  EXPECT_GT(statistics.grants, statistics.instructions / 50);
+  EXPECT_GT(statistics.orders, statistics.instructions / 50);
+  EXPECT_GT(statistics.refusals, 0);
+  EXPECT_GT(statistics.preempts, 0);
+  EXPECT_GT(statistics.below_share, 0);
+}
+
+}  // namespace
+}  // namespace kvbroker

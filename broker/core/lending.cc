@@ -1,0 +1,276 @@
+// Core: the work that is done without the lock: making, exporting and releasing
+// handles, telling peers.
+#include <algorithm>
+#include <set>
+
+#include "absl/strings/str_cat.h"
+#include "broker/core/core.h"
+#include "proto/fd_frame.h"
+
+namespace kvbroker {
+namespace {
+
+// How long a claim or a send that the system refused waits before another try.
+constexpr absl::Duration kRetry = absl::Milliseconds(20);
+
+}  // namespace
+
+void Core::Run(Actions actions) {
+  while (!actions.empty()) {
+    Actions next;
+    // Words first: those who are asked to give need not wait for the device.
+    for (auto& [listener, message] : actions.tell) {
+      listener->Tell(std::move(message));
+    }
+    for (SendHandles& send : actions.send) Send(std::move(send), next);
+    for (MakePages& make : actions.make) Make(std::move(make), next);
+    for (auto& [listener, reason] : actions.close) listener->Close(reason);
+    if (!actions.release.empty()) {
+      Bytes bytes = SizeOf(actions.release);
+      actions.release.clear();  // the driver call
+      MutexLock lock(&mu_);
+      ledger_.EndRelease(bytes);
+      if (!claims_.empty()) Arbitrate(next);
+    }
+    for (const std::string& line : actions.log) options_.log(line);
+    actions = std::move(next);
+  }
+  bool wake;
+  {
+    MutexLock lock(&mu_);
+    absl::Time due = NextDue();
+    wake = due < promised_;
+    if (wake) promised_ = due;
+  }
+  if (wake) options_.wake();
+}
+
+void Core::Make(MakePages make, Actions& next) {
+  const size_t wanted = make.pages.size() * make.geometry.handles_per_page;
+  absl::Status failure;
+  while (make.handles.size() < wanted) {
+    absl::StatusOr<kvbroker::Handle> made =
+        options_.backend->Create(make.geometry.handle_bytes);
+    if (!made.ok()) {
+      failure = made.status();
+      break;
+    }
+    make.handles.push_back(
+        std::make_shared<const kvbroker::Handle>(*std::move(made)));
+  }
+
+  MutexLock lock(&mu_);
+  LedgerPool* pool = ledger_.FindPool(make.claim.pool);
+  auto session = sessions_.find(make.claim.session);
+  auto give_up = [&] {
+    // The pages count as releasing; what was not made has no more to wait for.
+    mu_.AssertHeld();
+    const Bytes charged =
+        make.geometry.page_bytes() * static_cast<int64_t>(make.pages.size());
+    ledger_.EndRelease(charged - SizeOf(make.handles));
+    for (HandleRef& handle : make.handles) {
+      next.release.push_back(std::move(handle));
+    }
+  };
+  if (pool == nullptr || session == sessions_.end()) {
+    // Its process went meanwhile, and its pages with it.
+    give_up();
+    Arbitrate(next);
+    return;
+  }
+  const bool cancelled = session->second.making.at(make.claim.sequence);
+  session->second.making.erase(make.claim.sequence);
+  const LedgerInstance& instance = ledger_.InstanceOf(*pool);
+  if (!session->second.connected) {
+    // It hung up meanwhile: what it never saw does not stay with it.
+    for (PageName page : make.pages) ledger_.Remove(*pool, page);
+    give_up();
+    if (ledger_.FindSession(session->first)->held == Bytes(0)) {
+      EraseSession(session->first, "left", next);
+    }
+    Arbitrate(next);
+    return;
+  }
+  if (!failure.ok()) {
+    for (PageName page : make.pages) ledger_.Remove(*pool, page);
+    give_up();
+    next.log.push_back(
+        absl::StrCat("create-failed session=", make.claim.session.value(),
+                     " instance=", instance.name, " pages=", make.pages.size(),
+                     " error=\"", failure.message(), "\""));
+    make.claim.last_error = std::string(failure.message());
+    if (cancelled) {
+      Refuse(make.claim, absl::StatusCode::kCancelled, "cancelled", next);
+    } else if (make.claim.urgency == Urgency::kSpeculative || draining_) {
+      Refuse(make.claim, absl::StatusCode::kUnavailable, make.claim.last_error,
+             next);
+    } else {
+      make.claim.retry_at = Now() + kRetry;
+      make.claim.recheck_at = make.claim.retry_at;
+      claims_.push_back(std::move(make.claim));
+    }
+    Arbitrate(next);  // others may have a use for what it was to get
+    return;
+  }
+
+  auto handle = make.handles.begin();
+  for (PageName page : make.pages) {
+    auto end = handle + make.geometry.handles_per_page;
+    ledger_.Offer(
+        *pool, page,
+        {std::make_move_iterator(handle), std::make_move_iterator(end)});
+    handle = end;
+  }
+  Granted granted;
+  granted.sequence = make.claim.sequence;
+  granted.grant = make.grant;
+  granted.pool = make.claim.pool;
+  granted.pages = make.pages;
+  session->second.answers[make.claim.sequence].granted = granted;
+  Grant grant;
+  grant.id = make.grant;
+  grant.sequence = make.claim.sequence;
+  grant.pool = make.claim.pool;
+  grant.pages = make.pages;
+  grant.handles_per_page = make.geometry.handles_per_page;
+  session->second.unmapped.emplace(make.grant, std::move(grant));
+  session->second.to_send.push_back(make.grant);
+  next.tell.emplace_back(session->second.listener, std::move(granted));
+  next.log.push_back(absl::StrCat(
+      "grant id=", make.grant.value(), " session=", make.claim.session.value(),
+      " instance=", instance.name, " pool=", make.claim.pool.value(),
+      " pages=", make.pages.size(), " bytes=",
+      (make.geometry.page_bytes() * static_cast<int64_t>(make.pages.size()))
+          .count(),
+      " held=", instance.held.count(),
+      " waited_us=", absl::ToInt64Microseconds(Now() - make.claim.since)));
+  PumpDescriptors(session->second, next);
+}
+
+void Core::Send(SendHandles send, Actions& next) {
+  std::vector<UniqueFd> descriptors;
+  descriptors.reserve(send.handles.size());
+  absl::Status failure;
+  for (const HandleRef& handle : send.handles) {
+    absl::StatusOr<UniqueFd> exported = options_.backend->Export(*handle);
+    if (!exported.ok()) {
+      failure = exported.status();
+      break;
+    }
+    descriptors.push_back(*std::move(exported));
+  }
+  send.handles.clear();
+  if (failure.ok()) {
+    send.listener->SendDescriptors(send.grant, send.first_handle,
+                                   std::move(descriptors));
+    return;
+  }
+  const uint32_t count = static_cast<uint32_t>(descriptors.size());
+  if (count > 0) {
+    send.listener->SendDescriptors(send.grant, send.first_handle,
+                                   std::move(descriptors));
+  }
+  // Out of descriptors, most likely: the rest goes again a little later.
+  MutexLock lock(&mu_);
+  next.log.push_back(absl::StrCat(
+      "export-failed session=", send.session.value(),
+      " grant=", send.grant.value(), " error=\"", failure.message(), "\""));
+  pump_at_ = std::min(pump_at_, Now() + kRetry);
+  auto it = sessions_.find(send.session);
+  if (it == sessions_.end() || !it->second.connected) return;
+  SessionState& session = it->second;
+  auto grant = session.unmapped.find(send.grant);
+  uint32_t unsent = send.reserved - count;
+  session.unacked_descriptors -= unsent;
+  unacked_descriptors_ -= unsent;
+  if (grant == session.unmapped.end()) return;
+  grant->second.next_handle =
+      std::min(grant->second.next_handle, send.first_handle + count);
+  if (count == 0) --grant->second.frames;
+  if (std::find(session.to_send.begin(), session.to_send.end(), send.grant) ==
+      session.to_send.end()) {
+    session.to_send.push_back(send.grant);
+  }
+}
+
+void Core::Recycle(const std::string& tenant, std::vector<HandleRef> handles,
+                   Actions& actions) {
+  if (handles.empty()) return;
+  // A page may pass within a tenant as it is; any other is made anew.
+  std::set<Bytes> wanted;
+  for (const Claim& claim : claims_) {
+    if (ledger_.FindSession(claim.session)->tenant == tenant) {
+      wanted.insert(ledger_.FindPool(claim.pool)->geometry.handle_bytes);
+    }
+  }
+  std::vector<HandleRef> stock;
+  for (HandleRef& handle : handles) {
+    (wanted.contains(handle->size()) ? stock : actions.release)
+        .push_back(std::move(handle));
+  }
+  ledger_.AddStock(tenant, std::move(stock));
+}
+
+void Core::CloseWindow(SessionState& session, uint32_t count,
+                       Actions& actions) {
+  const bool others_waited = unacked_descriptors_ >= options_.descriptor_window;
+  session.unacked_descriptors -= count;
+  unacked_descriptors_ -= count;
+  PumpDescriptors(session, actions);
+  if (!others_waited) return;
+  for (auto& [id, other] : sessions_) PumpDescriptors(other, actions);
+}
+
+void Core::ReleaseStock(Actions& actions) {
+  if (ledger_.stock() == Bytes(0)) return;
+  for (HandleRef& handle : ledger_.TrimStock()) {
+    actions.release.push_back(std::move(handle));
+  }
+}
+
+void Core::PumpDescriptors(SessionState& session, Actions& actions) {
+  if (!session.connected) return;
+  while (!session.to_send.empty()) {
+    Grant& grant = session.unmapped.at(session.to_send.front());
+    LedgerPool& pool = *ledger_.FindPool(grant.pool);
+    SendHandles send;
+    while (grant.next_handle < grant.handle_count()) {
+      const LedgerPage* page = ledger_.FindPage(
+          pool, grant.pages[grant.next_handle / grant.handles_per_page]);
+      if (page == nullptr) {
+        // Returned before it was sent. A frame names consecutive handles.
+        if (!send.handles.empty()) break;
+        ++grant.next_handle;
+        continue;
+      }
+      if (send.handles.size() >= KVB_FD_MAX_PER_FRAME ||
+          session.unacked_descriptors >= KVB_FD_WINDOW ||
+          unacked_descriptors_ >= options_.descriptor_window) {
+        break;
+      }
+      if (send.handles.empty()) send.first_handle = grant.next_handle;
+      send.handles.push_back(
+          page->handles[grant.next_handle % grant.handles_per_page]);
+      ++grant.next_handle;
+      ++session.unacked_descriptors;
+      ++unacked_descriptors_;
+    }
+    const bool done = grant.next_handle == grant.handle_count();
+    if (done) {
+      grant.sent = true;
+      session.to_send.pop_front();
+    }
+    if (send.handles.empty()) {
+      if (done) continue;
+      return;  // the window is full
+    }
+    send.session = session.id;
+    send.listener = session.listener;
+    send.grant = grant.id;
+    send.reserved = static_cast<uint32_t>(send.handles.size());
+    ++grant.frames;
+    actions.send.push_back(std::move(send));
+  }
+}
+
+}  // namespace kvbroker

@@ -1,0 +1,312 @@
+#include "broker/ledger/ledger.h"
+
+#include <algorithm>
+
+#include "absl/container/flat_hash_set.h"
+#include "absl/strings/str_cat.h"
+#include "broker/base/check.h"
+
+namespace kvbroker {
+
+Bytes SizeOf(const std::vector<HandleRef>& handles) {
+  Bytes sum;
+  for (const HandleRef& handle : handles) sum += handle->size();
+  return sum;
+}
+
+LedgerInstance& Ledger::AddInstance(const std::string& tenant,
+                                    const std::string& name) {
+  auto [it, added] = instances_.try_emplace(InstanceKey(tenant, name));
+  if (added) {
+    it->second.tenant = tenant;
+    it->second.name = name;
+    it->second.max = capacity_;
+  }
+  return it->second;
+}
+
+LedgerInstance* Ledger::FindInstance(const InstanceKey& key) {
+  auto it = instances_.find(key);
+  return it == instances_.end() ? nullptr : &it->second;
+}
+
+void Ledger::RemoveInstance(const InstanceKey& key) {
+  auto it = instances_.find(key);
+  KVB_CHECK(it != instances_.end() && it->second.sessions.empty());
+  DropCredit(it->second, it->second.credit);
+  instances_.erase(it);
+}
+
+Bytes Ledger::SumOfMins() const {
+  Bytes sum;
+  for (const auto& [key, instance] : instances_) sum += instance.min;
+  return sum;
+}
+
+LedgerSession& Ledger::OpenSession(LedgerInstance& instance, SessionId id,
+                                   uint32_t pid) {
+  LedgerSession& session = sessions_[id];
+  session.id = id;
+  session.tenant = instance.tenant;
+  session.instance = {instance.tenant, instance.name};
+  session.pid = pid;
+  instance.sessions.push_back(id);
+  instance.empty_since = absl::InfiniteFuture();
+  return session;
+}
+
+LedgerSession* Ledger::FindSession(SessionId id) {
+  auto it = sessions_.find(id);
+  return it == sessions_.end() ? nullptr : &it->second;
+}
+
+LedgerPool& Ledger::OpenPool(LedgerSession& session, PoolId id,
+                             const PoolGeometry& geometry) {
+  LedgerPool& pool = pools_[id];
+  pool.id = id;
+  pool.session = session.id;
+  pool.geometry = geometry;
+  session.pools.push_back(id);
+  return pool;
+}
+
+LedgerPool* Ledger::FindPool(PoolId id) {
+  auto it = pools_.find(id);
+  return it == pools_.end() ? nullptr : &it->second;
+}
+
+LedgerInstance& Ledger::InstanceOf(const LedgerSession& session) {
+  return instances_.at(session.instance);
+}
+
+LedgerInstance& Ledger::InstanceOf(const LedgerPool& pool) {
+  return InstanceOf(sessions_.at(pool.session));
+}
+
+std::vector<HandleRef> Ledger::CloseSession(SessionId id, absl::Time now) {
+  std::vector<HandleRef> handles;
+  LedgerSession& session = sessions_.at(id);
+  for (PoolId pool_id : session.pools) {
+    LedgerPool& pool = pools_.at(pool_id);
+    std::vector<PageName> names;
+    for (const auto& [index, page] : pool.pages) {
+      names.push_back({index, page.generation});
+    }
+    for (PageName name : names) {
+      for (HandleRef& handle : Remove(pool, name)) {
+        handles.push_back(std::move(handle));
+      }
+    }
+  }
+  for (PoolId pool_id : session.pools) pools_.erase(pool_id);
+  LedgerInstance& instance = InstanceOf(session);
+  std::erase(instance.sessions, id);
+  if (instance.sessions.empty()) {
+    instance.empty_since = now;
+    DropCredit(instance, instance.credit);
+  }
+  sessions_.erase(id);
+  return handles;
+}
+
+std::vector<PageIndex> Ledger::AbsentIndexes(const LedgerPool& pool,
+                                             PageCount count) const {
+  std::vector<PageIndex> indexes;
+  for (uint32_t i = 0; i < pool.geometry.max_pages &&
+                       static_cast<PageCount>(indexes.size()) < count;
+       ++i) {
+    if (!pool.pages.contains(PageIndex(i))) indexes.push_back(PageIndex(i));
+  }
+  return indexes;
+}
+
+void Ledger::Count(LedgerPool& pool, Bytes delta) {
+  LedgerSession& session = sessions_.at(pool.session);
+  session.held += delta;
+  InstanceOf(session).held += delta;
+  lent_ += delta;
+}
+
+std::vector<PageName> Ledger::Charge(LedgerPool& pool, GrantId grant,
+                                     const std::vector<PageIndex>& indexes) {
+  std::vector<PageName> names;
+  names.reserve(indexes.size());
+  for (PageIndex index : indexes) {
+    KVB_CHECK(index.value() < pool.geometry.max_pages);
+    auto [it, absent] = pool.pages.try_emplace(index);
+    KVB_CHECK(absent);
+    pool.last_generation = Generation(pool.last_generation.value() + 1);
+    it->second.generation = pool.last_generation;
+    it->second.grant = grant;
+    names.push_back({index, pool.last_generation});
+  }
+  Count(pool, pool.geometry.page_bytes() * static_cast<int64_t>(names.size()));
+  KVB_CHECK(free() >= Bytes(0));
+  return names;
+}
+
+void Ledger::Offer(LedgerPool& pool, PageName name,
+                   std::vector<HandleRef> handles) {
+  LedgerPage* page = FindPage(pool, name);
+  KVB_CHECK(page != nullptr && page->state == PageState::kMaking);
+  KVB_CHECK(handles.size() == pool.geometry.handles_per_page);
+  page->handles = std::move(handles);
+  page->state = PageState::kOffered;
+}
+
+void Ledger::ConfirmMapped(LedgerPool& pool,
+                           const std::vector<PageName>& pages) {
+  for (PageName name : pages) {
+    LedgerPage* page = FindPage(pool, name);
+    if (page == nullptr) continue;
+    KVB_CHECK(page->state != PageState::kMaking);
+    page->state = PageState::kMapped;
+  }
+}
+
+LedgerPage* Ledger::FindPage(LedgerPool& pool, PageName name) {
+  auto it = pool.pages.find(name.index);
+  if (it == pool.pages.end() || it->second.generation != name.generation) {
+    return nullptr;
+  }
+  return &it->second;
+}
+
+std::vector<HandleRef> Ledger::Remove(LedgerPool& pool, PageName name) {
+  LedgerPage* page = FindPage(pool, name);
+  KVB_CHECK(page != nullptr);
+  std::vector<HandleRef> handles = std::move(page->handles);
+  pool.pages.erase(name.index);
+  Count(pool, Bytes(0) - pool.geometry.page_bytes());
+  releasing_ += pool.geometry.page_bytes();
+  return handles;
+}
+
+void Ledger::AddCredit(LedgerInstance& instance, Bytes bytes) {
+  instance.credit += bytes;
+  instance.held += bytes;
+  credit_ += bytes;
+  KVB_CHECK(free() >= Bytes(0));
+}
+
+void Ledger::DropCredit(LedgerInstance& instance, Bytes bytes) {
+  KVB_CHECK(bytes <= instance.credit);
+  instance.credit -= bytes;
+  instance.held -= bytes;
+  credit_ -= bytes;
+}
+
+void Ledger::AddStock(const std::string& tenant,
+                      std::vector<HandleRef> handles) {
+  for (HandleRef& handle : handles) {
+    releasing_ -= handle->size();
+    stock_ += handle->size();
+    stocked_[{tenant, handle->size().count()}].push_back(std::move(handle));
+  }
+}
+
+std::vector<HandleRef> Ledger::TakeStock(const std::string& tenant,
+                                         Bytes handle_bytes, size_t count) {
+  std::vector<HandleRef> taken;
+  auto it = stocked_.find({tenant, handle_bytes.count()});
+  if (it == stocked_.end()) return taken;
+  while (taken.size() < count && !it->second.empty()) {
+    taken.push_back(std::move(it->second.back()));
+    it->second.pop_back();
+    stock_ -= handle_bytes;
+  }
+  if (it->second.empty()) stocked_.erase(it);
+  return taken;
+}
+
+std::vector<HandleRef> Ledger::TrimStock() {
+  std::vector<HandleRef> all;
+  for (auto& [key, handles] : stocked_) {
+    for (HandleRef& handle : handles) all.push_back(std::move(handle));
+  }
+  stocked_.clear();
+  releasing_ += stock_;
+  stock_ = Bytes(0);
+  return all;
+}
+
+void Ledger::BeginRelease(Bytes bytes) { releasing_ += bytes; }
+
+void Ledger::EndRelease(Bytes bytes) {
+  KVB_CHECK(bytes <= releasing_);
+  releasing_ -= bytes;
+}
+
+absl::Status Ledger::CheckInvariants() const {
+  auto broken = [](auto... words) {
+    return absl::InternalError(absl::StrCat("ledger: ", words...));
+  };
+  absl::flat_hash_set<const Handle*> seen;
+  Bytes lent, credit, stock;
+  for (const auto& [id, pool] : pools_) {
+    auto session = sessions_.find(pool.session);
+    if (session == sessions_.end()) {
+      return broken("pool without session ", id.value());
+    }
+    for (const auto& [index, page] : pool.pages) {
+      size_t expected =
+          page.state == PageState::kMaking ? 0 : pool.geometry.handles_per_page;
+      if (page.handles.size() != expected) {
+        return broken("page with ", page.handles.size(), " handles, pool ",
+                      id.value(), " index ", index.value());
+      }
+      for (const HandleRef& handle : page.handles) {
+        if (!seen.insert(handle.get()).second) {
+          return broken("handle with two owners, pool ", id.value(), " index ",
+                        index.value());
+        }
+        if (handle->size() != pool.geometry.handle_bytes) {
+          return broken("handle of another size, pool ", id.value());
+        }
+      }
+      if (index.value() >= pool.geometry.max_pages) {
+        return broken("index out of range, pool ", id.value());
+      }
+    }
+    lent += pool.geometry.page_bytes() * pool.held();
+  }
+  for (const auto& [id, session] : sessions_) {
+    Bytes held;
+    for (PoolId pool_id : session.pools) {
+      const LedgerPool& pool = pools_.at(pool_id);
+      held += pool.geometry.page_bytes() * pool.held();
+    }
+    if (held != session.held) {
+      return broken("session ", id.value(), " counts ", session.held.count(),
+                    " bytes, its pages are ", held.count());
+    }
+  }
+  for (const auto& [key, instance] : instances_) {
+    Bytes held = instance.credit;
+    for (SessionId id : instance.sessions) held += sessions_.at(id).held;
+    if (held != instance.held) {
+      return broken("instance ", instance.name, " counts ",
+                    instance.held.count(), " bytes, its sessions hold ",
+                    held.count());
+    }
+    credit += instance.credit;
+  }
+  for (const auto& [key, handles] : stocked_) {
+    for (const HandleRef& handle : handles) {
+      if (!seen.insert(handle.get()).second) return broken("stock also lent");
+      stock += handle->size();
+    }
+  }
+  if (lent != lent_ || credit != credit_ || stock != stock_) {
+    return broken("sums: lent ", lent_.count(), " is ", lent.count(),
+                  ", credit ", credit_.count(), " is ", credit.count(),
+                  ", stock ", stock_.count(), " is ", stock.count());
+  }
+  if (free() < Bytes(0) || releasing_ < Bytes(0)) {
+    return broken("more lent than there is: free ", free().count(),
+                  ", releasing ", releasing_.count());
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace kvbroker

@@ -1,0 +1,198 @@
+// Ledger: who holds which pages and handles, to the byte.
+//
+// Nouns: an instance (name and limits) has sessions (processes), a session has
+// pools (geometry), a pool holds pages, a page is made of handles. The ledger
+// keeps these and the sums over them; it decides nothing, calls nobody and
+// takes no lock: the core holds its own around every call.
+//
+// A page's life here:
+//
+//   absent --Charge--> MAKING --Offer--> OFFERED --ConfirmMapped--> MAPPED
+//     ^                  |                  |                         |
+//     +------------------+------- Remove ---+-------------------------+
+//
+// Bytes: a page counts from Charge to Remove. What Remove or TrimStock takes
+// out still counts, as `releasing`, until EndRelease says that the driver has
+// it back. capacity = free + lent + stock + releasing + credit, always.
+//
+// REQUIRES on the verbs are the core's duty (it has checked the peer's words);
+// breaking one is a CHECK failure.
+#ifndef KVBROKER_BROKER_LEDGER_LEDGER_H_
+#define KVBROKER_BROKER_LEDGER_LEDGER_H_
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/container/flat_hash_map.h"
+#include "absl/container/node_hash_map.h"
+#include "absl/status/status.h"
+#include "absl/time/time.h"
+#include "broker/base/bytes.h"
+#include "broker/base/ids.h"
+#include "broker/device/backend.h"
+#include "proto/messages.h"
+
+namespace kvbroker {
+
+// Shared only while a descriptor of it is being exported without the lock.
+using HandleRef = std::shared_ptr<const Handle>;
+
+enum class PageState { kMaking, kOffered, kMapped };
+
+struct LedgerPage {
+  Generation generation;
+  PageState state = PageState::kMaking;
+  GrantId grant;
+  std::vector<HandleRef> handles;  // empty while MAKING
+};
+
+struct LedgerPool {
+  PoolId id;
+  SessionId session;
+  PoolGeometry geometry;
+  absl::flat_hash_map<PageIndex, LedgerPage> pages;
+  // Counts fillings over all slots: a generation never names two pages.
+  Generation last_generation;
+
+  PageCount held() const { return static_cast<PageCount>(pages.size()); }
+};
+
+struct LedgerSession {
+  SessionId id;
+  std::string tenant;
+  std::pair<std::string, std::string> instance;  // key: tenant, name
+  uint32_t pid = 0;
+  std::vector<PoolId> pools;
+  Bytes held;  // pages of its pools
+};
+
+struct LedgerInstance {
+  std::string tenant;
+  std::string name;
+  Bytes min;
+  Bytes max;
+  double weight = 1;
+  uint64_t limit_revision = 1;
+  // The limits are an operator's: later processes do not bring their own.
+  bool set_by_operator = false;
+  std::map<std::string, std::string> labels;
+  std::vector<SessionId> sessions;
+  Bytes held;  // of its sessions, and credit
+  Bytes credit;
+  // When its last process went; it is forgotten some time after.
+  absl::Time empty_since = absl::InfiniteFuture();
+};
+
+class Ledger {
+ public:
+  using InstanceKey = std::pair<std::string, std::string>;  // tenant, name
+  using Instances = std::map<InstanceKey, LedgerInstance>;
+
+  explicit Ledger(Bytes capacity) : capacity_(capacity) {}
+
+  // ---- instances, sessions, pools ----
+
+  // The instance, made with `max` = capacity where there is none.
+  LedgerInstance& AddInstance(const std::string& tenant,
+                              const std::string& name);
+  LedgerInstance* FindInstance(const InstanceKey& key);
+  // REQUIRES: no sessions.
+  void RemoveInstance(const InstanceKey& key);
+  const Instances& instances() const { return instances_; }
+  Instances& instances() { return instances_; }
+  Bytes SumOfMins() const;
+
+  LedgerSession& OpenSession(LedgerInstance& instance, SessionId id,
+                             uint32_t pid);
+  LedgerSession* FindSession(SessionId id);
+  LedgerPool& OpenPool(LedgerSession& session, PoolId id,
+                       const PoolGeometry& geometry);
+  LedgerPool* FindPool(PoolId id);
+  LedgerInstance& InstanceOf(const LedgerSession& session);
+  LedgerInstance& InstanceOf(const LedgerPool& pool);
+  // All of the session's pages leave; their handles are the caller's to release
+  // (and EndRelease). The instance stays, without this session.
+  std::vector<HandleRef> CloseSession(SessionId id, absl::Time now);
+
+  // ---- pages ----
+
+  // The lowest `count` absent slots of the pool, or fewer where it is full.
+  std::vector<PageIndex> AbsentIndexes(const LedgerPool& pool,
+                                       PageCount count) const;
+  // Absent -> MAKING. REQUIRES: every index absent and in range; bytes fit into
+  // free().
+  std::vector<PageName> Charge(LedgerPool& pool, GrantId grant,
+                               const std::vector<PageIndex>& indexes);
+  // MAKING -> OFFERED; `handles` are the page's, in order.
+  void Offer(LedgerPool& pool, PageName page, std::vector<HandleRef> handles);
+  // OFFERED -> MAPPED; pages that have left meanwhile are passed over.
+  void ConfirmMapped(LedgerPool& pool, const std::vector<PageName>& pages);
+  // The page, or null where it is absent or of another generation.
+  LedgerPage* FindPage(LedgerPool& pool, PageName page);
+  // Any state -> absent. The handles (counted as releasing) go to the caller,
+  // who puts them into stock or releases them. A page still MAKING has none;
+  // its bytes count as releasing all the same, since its maker may be at it:
+  // the maker drops what it made and ends the release. REQUIRES: FindPage.
+  std::vector<HandleRef> Remove(LedgerPool& pool, PageName page);
+
+  // ---- credit: bytes set aside for an instance ----
+
+  void AddCredit(LedgerInstance& instance, Bytes bytes);
+  void DropCredit(LedgerInstance& instance, Bytes bytes);
+
+  // ---- stock and release ----
+
+  // Handles (releasing) wait for a claim of the same tenant and size.
+  void AddStock(const std::string& tenant, std::vector<HandleRef> handles);
+  // Up to `count` handles for a grant; they count with the grant's pages now.
+  std::vector<HandleRef> TakeStock(const std::string& tenant,
+                                   Bytes handle_bytes, size_t count);
+  // All stock, to be released.
+  std::vector<HandleRef> TrimStock();
+  // Handles that count nowhere (taken from stock) are to be released.
+  void BeginRelease(Bytes bytes);
+  // The driver has these bytes back.
+  void EndRelease(Bytes bytes);
+
+  Bytes capacity() const { return capacity_; }
+  Bytes lent() const { return lent_; }
+  Bytes stock() const { return stock_; }
+  Bytes releasing() const { return releasing_; }
+  Bytes credit() const { return credit_; }
+  // Neither lent, set aside nor on its way back to the driver. Stock is not in
+  // it.
+  Bytes free() const {
+    return capacity_ - lent_ - stock_ - releasing_ - credit_;
+  }
+  size_t session_count() const { return sessions_.size(); }
+  const absl::node_hash_map<PoolId, LedgerPool>& pools() const {
+    return pools_;
+  }
+
+  // Every sum recomputed: no handle in two pages, sums equal the capacity,
+  // states and handles agree.
+  absl::Status CheckInvariants() const;
+
+ private:
+  using StockKey = std::pair<std::string, int64_t>;  // tenant, handle bytes
+
+  void Count(LedgerPool& pool, Bytes delta);
+
+  const Bytes capacity_;
+  Bytes lent_, stock_, releasing_, credit_;
+  Instances instances_;
+  absl::node_hash_map<SessionId, LedgerSession> sessions_;
+  absl::node_hash_map<PoolId, LedgerPool> pools_;
+  std::map<StockKey, std::vector<HandleRef>> stocked_;
+};
+
+// The sum of the handles' sizes.
+Bytes SizeOf(const std::vector<HandleRef>& handles);
+
+}  // namespace kvbroker
+
+#endif  // KVBROKER_BROKER_LEDGER_LEDGER_H_

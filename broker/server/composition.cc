@@ -1,0 +1,298 @@
+#include "broker/server/composition.h"
+
+#include <errno.h>
+#include <grp.h>
+#include <sys/random.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <future>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "broker/base/clock.h"
+#include "broker/base/status_macros.h"
+#include "broker/server/version.h"
+#include "broker/transport/admin_service.h"
+#include "broker/transport/admission.h"
+#include "broker/transport/session_service.h"
+#include "broker/transport/unix_listener.h"
+
+namespace kvbroker {
+namespace {
+
+// Exported and unread ones of all sessions; the kernel counts those of a user
+// against the limit of open files, beyond which nobody gets any.
+constexpr uint64_t kMaxDescriptorWindow = 4096;
+// For calls that are under way when the broker stops.
+constexpr absl::Duration kStopGrace = absl::Milliseconds(100);
+
+// Every connection and every page in stock is a descriptor: as many as we may.
+uint64_t RaiseDescriptorLimit() {
+  rlimit limit;
+  if (getrlimit(RLIMIT_NOFILE, &limit) != 0) return 1024;
+  rlimit wanted = {.rlim_cur = limit.rlim_max, .rlim_max = limit.rlim_max};
+  if (setrlimit(RLIMIT_NOFILE, &wanted) == 0) return wanted.rlim_cur;
+  return limit.rlim_cur;
+}
+
+absl::StatusOr<uint64_t> RandomIncarnation() {
+  uint64_t incarnation = 0;
+  while (incarnation == 0) {
+    if (getrandom(&incarnation, sizeof(incarnation), 0) !=
+        sizeof(incarnation)) {
+      return ErrnoToStatus(errno, "getrandom");
+    }
+  }
+  return incarnation;
+}
+
+absl::StatusOr<std::optional<uint32_t>> ResolveGroup(const std::string& name) {
+  if (name.empty()) return std::nullopt;
+  uint32_t number;
+  if (absl::SimpleAtoi(name, &number)) return number;
+  // Read once, before there are threads.
+  if (const group* entry = getgrnam(name.c_str())) return entry->gr_gid;
+  return absl::InvalidArgumentError(
+      absl::StrCat("socket_group must be a group's name or number that this "
+                   "machine knows; got \"",
+                   name, "\""));
+}
+
+absl::StatusOr<TenantBy> ParseTenantBy(const std::string& name) {
+  if (name == "uid_pidns") return TenantBy::kUidAndPidNamespace;
+  if (name == "uid") return TenantBy::kUid;
+  if (name == "socket") return TenantBy::kSocket;
+  return absl::InvalidArgumentError(absl::StrCat(
+      "tenant_by must be uid_pidns, uid or socket; got \"", name, "\""));
+}
+
+absl::StatusOr<ChosenBackend> ConfiguredBackend(const BrokerConfig& config) {
+  BackendOptions options = {.name = config.backend,
+                            .device_uuid = config.device_uuid};
+  ASSIGN_OR_RETURN(ChosenBackend chosen, MakeBackend(options));
+  const BackendInfo& device = chosen.backend->info();
+  if (device.name == "host" && !config.gpu.empty()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("gpu must be empty where the backend is host (",
+                     chosen.reason, "); got \"", config.gpu, "\""));
+  }
+  // Who asks for more than the host's usual half of the machine means it.
+  if (device.name == "host" && config.capacity.bytes &&
+      *config.capacity.bytes > device.total) {
+    options.total = config.capacity.bytes;
+    return MakeBackend(options);
+  }
+  return chosen;
+}
+
+std::string SocketDirectory(const BrokerConfig& config) {
+  if (!config.socket_dir.empty()) return config.socket_dir;
+  return geteuid() == 0 ? client::SystemSocketDirectory()
+                        : client::UserSocketDirectory(std::getenv);
+}
+
+std::vector<std::string> LockDirectories(const BrokerConfig& config) {
+  if (!config.lock_dir.empty()) return {config.lock_dir};
+  return DefaultLockDirectories();
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<RunningBroker>> RunningBroker::Start(
+    const BrokerConfig& config, BrokerOptions options) {
+  std::unique_ptr<RunningBroker> self(new RunningBroker);
+  self->options_ = std::move(options);
+  self->idle_exit_ = config.idle_exit;
+  const uint64_t descriptor_limit = RaiseDescriptorLimit();
+
+  // What can be wrong with the configuration, before anything is made.
+  ASSIGN_OR_RETURN(const LogLevel level, ParseLogLevel(config.log_level));
+  ASSIGN_OR_RETURN(const TenantBy tenant_by, ParseTenantBy(config.tenant_by));
+  ASSIGN_OR_RETURN(const std::optional<uint32_t> group,
+                   ResolveGroup(config.socket_group));
+  ASSIGN_OR_RETURN(const uint64_t incarnation, RandomIncarnation());
+  ASSIGN_OR_RETURN(self->log_,
+                   EventLog::Create({.level = level,
+                                     .to_stderr = self->options_.log_to_stderr,
+                                     .file = config.log_file}));
+  EventLog* log = self->log_.get();
+
+  if (self->options_.backend != nullptr) {
+    self->backend_ = {.backend = std::move(self->options_.backend),
+                      .reason = "given"};
+  } else {
+    ASSIGN_OR_RETURN(self->backend_, ConfiguredBackend(config));
+  }
+  const BackendInfo& device = self->backend_.backend->info();
+  ASSIGN_OR_RETURN(const Bytes capacity,
+                   ResolveCapacity(config, device.name, device.total));
+
+  const std::string directory = SocketDirectory(config);
+  ASSIGN_OR_RETURN(self->address_,
+                   client::AddressFor(directory, device.device_uuid));
+  // Whoever holds the lock may replace the sockets.
+  ASSIGN_OR_RETURN(self->lock_, DeviceLock::Acquire(LockDirectories(config),
+                                                    device.device_uuid,
+                                                    self->address_.rpc_path));
+  const SocketAccess access = {.group = group,
+                               .anybody = !config.allow_uids.empty()};
+  RETURN_IF_ERROR(PrepareSocketDirectory(directory, access));
+  ASSIGN_OR_RETURN(UnixListener rpc, UnixListener::Bind(self->address_.rpc_path,
+                                                        SOCK_STREAM, access));
+  ASSIGN_OR_RETURN(UnixListener descriptors,
+                   UnixListener::Bind(self->address_.descriptor_path,
+                                      SOCK_SEQPACKET, access));
+
+  const auto [first_number, last_number] =
+      ConnectionTable::NumberRange(descriptor_limit);
+  self->connections_ = std::make_unique<ConnectionTable>(
+      ConnectionTable::Options{.clock = &Clock::Steady(),
+                               .first_number = first_number,
+                               .last_number = last_number});
+  ASSIGN_OR_RETURN(self->loop_, EventLoop::Create());
+
+  CoreOptions core_options = {
+      .backend = self->backend_.backend.get(),
+      .clock = &Clock::Steady(),
+      .capacity = capacity,
+      .policy = config.policy,
+      .incarnation = incarnation,
+      .descriptor_window = static_cast<uint32_t>(
+          std::min(kMaxDescriptorWindow, descriptor_limit / 2)),
+      .wake = [broker = self.get()] { broker->WakeCore(); },
+  };
+  if (log->Wants(LogLevel::kInfo)) {
+    core_options.log = [log](std::string_view line) {
+      log->Write(LogLevel::kInfo, line);
+    };
+  }
+  ASSIGN_OR_RETURN(self->core_, Core::Create(std::move(core_options)));
+
+  const auto warn = [log](std::string_view line) {
+    log->Write(LogLevel::kWarn, line);
+  };
+  Admission admission = {.broker_uid = geteuid(), .uids = config.allow_uids};
+  if (group) admission.groups.push_back(*group);
+  self->server_ =
+      std::make_unique<GrpcServer>(std::vector<std::shared_ptr<grpc::Service>>{
+          MakeSessionService({
+              .core = self->core_.get(),
+              .loop = self->loop_.get(),
+              .connections = self->connections_.get(),
+              .rendezvous = &self->rendezvous_,
+              .max_waiting = self->options_.max_waiting,
+              .count_session =
+                  [broker = self.get()](int change) {
+                    broker->CountSession(change);
+                  },
+              .log = warn,
+          }),
+          MakeAdminService({
+              .core = self->core_.get(),
+              .connections = self->connections_.get(),
+              .admission = admission,
+              .version = kVersion,
+              .backend_reason = self->backend_.reason,
+          })});
+  ASSIGN_OR_RETURN(
+      self->accept_,
+      AcceptLoop::Start(
+          {.loop = self->loop_.get(),
+           .connections = self->connections_.get(),
+           .rendezvous = &self->rendezvous_,
+           .admission = admission,
+           .identify = {.tenant_by = tenant_by,
+                        .socket_name = device.device_uuid,
+                        .use_peer_pidfd = self->options_.use_peer_pidfd,
+                        .use_pidfd_open = self->options_.use_pidfd_open},
+           .serve_rpc = [server = self->server_.get()](
+                            int number) { return server->Serve(number); },
+           .rpc_ended = [broker = self.get()] { broker->UpdateRestTimer(); },
+           .incarnation = incarnation,
+           .join_within = self->options_.join_within,
+           .log = warn},
+          std::move(rpc), std::move(descriptors)));
+
+  self->loop_->Post([broker = self.get()] {
+    broker->RunCore();
+    broker->UpdateIdleTimer();
+  });
+  self->loop_->Start();
+  self->description_ = absl::StrCat(
+      "backend=", device.name, " (", self->backend_.reason,
+      ") device=", device.device_uuid, " capacity=", FormatBytes(capacity),
+      " socket=", self->address_.rpc_path);
+  log->Write(LogLevel::kInfo,
+             absl::StrCat("kvbrokerd ready: ", self->description_));
+  return self;
+}
+
+RunningBroker::~RunningBroker() { Stop(); }
+
+void RunningBroker::Stop() {
+  // Start may have failed half way.
+  if (stopped_ || loop_ == nullptr) return;
+  stopped_ = true;
+  if (accept_ != nullptr) {
+    // Destroyed where its handlers run.
+    std::promise<void> gone;
+    loop_->Post([&] {
+      accept_.reset();
+      gone.set_value();
+    });
+    gone.get_future().wait();
+    core_->Drain();
+    server_->Stop(kStopGrace);
+    loop_->Stop();
+    log_->Write(LogLevel::kInfo,
+                "kvbrokerd stopped: engines run on with what they hold");
+  }
+}
+
+void RunningBroker::RunCore() {
+  core_woken_ = false;
+  const absl::Time next = core_->RunDue();
+  loop_->Cancel(core_timer_);
+  core_timer_ = loop_->RunAt(next, [this] { RunCore(); });
+}
+
+void RunningBroker::WakeCore() {
+  if (core_woken_.exchange(true)) return;
+  loop_->Post([this] { RunCore(); });
+}
+
+void RunningBroker::UpdateRestTimer() {
+  loop_->Cancel(rest_timer_);
+  if (connections_->size() != 0) return;
+  rest_timer_ =
+      loop_->RunAt(Clock::Steady().Now() + options_.rest_after, [this] {
+        if (connections_->size() == 0) server_->Rest();
+      });
+}
+
+void RunningBroker::CountSession(int change) {
+  sessions_ += change;
+  if (idle_exit_ == absl::InfiniteDuration()) return;
+  loop_->Post([this] { UpdateIdleTimer(); });
+}
+
+void RunningBroker::UpdateIdleTimer() {
+  if (idle_exit_ == absl::InfiniteDuration() || !options_.idle) return;
+  if (sessions_ != 0) {
+    if (idle_timer_) loop_->Cancel(*idle_timer_);
+    idle_timer_.reset();
+  } else if (!idle_timer_) {
+    idle_timer_ = loop_->RunAt(Clock::Steady().Now() + idle_exit_, [this] {
+      idle_timer_.reset();
+      if (sessions_ == 0) options_.idle();
+    });
+  }
+}
+
+}  // namespace kvbroker

@@ -1,0 +1,115 @@
+// RunningBroker: a whole broker in one object. The only place that sees every
+// layer, and where they are wired to each other:
+//
+//   config -> backend, lock, sockets
+//   sockets -> AcceptLoop -> GrpcServer (SessionService, AdminService)
+//                         -> DescriptorConnection
+//   all of them -> Core -> backend
+//   Core, AcceptLoop, SessionService -> EventLog
+//
+//   ASSIGN_OR_RETURN(auto broker, RunningBroker::Start(config, {}));
+//   log(broker->description());
+//   ...
+//   broker->Stop();
+//
+// Threads: the event loop's, the log's, and gRPC's few; Start and Stop are the
+// owner's. While nobody is connected gRPC rests, and no thread wakes up.
+#ifndef KVBROKER_BROKER_SERVER_COMPOSITION_H_
+#define KVBROKER_BROKER_SERVER_COMPOSITION_H_
+
+#include <atomic>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "broker/config/broker_config.h"
+#include "broker/core/core.h"
+#include "broker/device/backend.h"
+#include "broker/device/backend_factory.h"
+#include "broker/server/device_lock.h"
+#include "broker/telemetry/event_log.h"
+#include "broker/transport/accept_loop.h"
+#include "broker/transport/connection_table.h"
+#include "broker/transport/event_loop.h"
+#include "broker/transport/grpc_server.h"
+#include "broker/transport/peer_identity.h"
+#include "broker/transport/rendezvous.h"
+#include "client/address/broker_address.h"
+
+namespace kvbroker {
+
+// What is not an operator's to set.
+struct BrokerOptions {
+  // Called from the event loop when no engine has lived for
+  // `config.idle_exit`, at the start or since the last one. Stopping is the
+  // owner's.
+  std::function<void()> idle;
+  // For tests: instead of the configured one; ways of older kernels; haste.
+  std::unique_ptr<Backend> backend;
+  bool use_peer_pidfd = true;
+  bool use_pidfd_open = true;
+  absl::Duration join_within = absl::Seconds(10);
+  absl::Duration rest_after = absl::Seconds(5);
+  size_t max_waiting = 4096;
+  bool log_to_stderr = true;
+};
+
+class RunningBroker {
+ public:
+  // Serves when it returns. ALREADY_EXISTS: another broker has the device.
+  // Otherwise the error names what was set wrong, or what the system refused.
+  static absl::StatusOr<std::unique_ptr<RunningBroker>> Start(
+      const BrokerConfig& config, BrokerOptions options);
+  // Stops first.
+  ~RunningBroker();
+
+  // No more grants, no more connections, sockets removed; streams end. Engines
+  // run on with what they have mapped. Done within a second.
+  void Stop();
+
+  // "backend=host (...) device=... capacity=... socket=..."
+  const std::string& description() const { return description_; }
+  const client::BrokerAddress& address() const { return address_; }
+  Core& core() { return *core_; }
+
+ private:
+  RunningBroker() = default;
+
+  // Runs what the core has due, and has itself called again in time.
+  void RunCore();
+  void WakeCore();
+  // gRPC rests when nobody has been connected for a while.
+  void UpdateRestTimer();
+  // A session began or its process ended.
+  void CountSession(int change);
+  void UpdateIdleTimer();
+
+  // In the order of construction; each may use those before it.
+  BrokerOptions options_;
+  absl::Duration idle_exit_;
+  std::string description_;
+  client::BrokerAddress address_;
+  std::unique_ptr<EventLog> log_;
+  ChosenBackend backend_;
+  std::optional<DeviceLock> lock_;
+  std::unique_ptr<ConnectionTable> connections_;
+  Rendezvous rendezvous_;
+  std::unique_ptr<EventLoop> loop_;
+  std::unique_ptr<Core> core_;
+  std::unique_ptr<GrpcServer> server_;
+  std::unique_ptr<AcceptLoop> accept_;
+  bool stopped_ = false;
+
+  std::atomic<bool> core_woken_ = false;
+  std::atomic<int> sessions_ = 0;
+  // The event loop's.
+  EventLoop::TimerId core_timer_;
+  EventLoop::TimerId rest_timer_;
+  std::optional<EventLoop::TimerId> idle_timer_;
+};
+
+}  // namespace kvbroker
+
+#endif  // KVBROKER_BROKER_SERVER_COMPOSITION_H_

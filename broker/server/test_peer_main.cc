@@ -1,0 +1,86 @@
+// Another process, as the tests of the broker need one: an engine that can be
+// killed, a thief of a nonce, another user. Says one line on stdout when it has
+// done what it was told, and stays until stdin ends.
+//
+//   test_peer RPC_PATH DESCRIPTOR_PATH UID COMMAND [ARGUMENT]
+//     hold PAGES     opens instance "peer", acquires the pages: "held"
+//     steal NONCE    opens with another's nonce (hexadecimal): the status
+//     list           what the admin service shows: the status, or the names
+//     limit NAME     sets the limit of an instance: the status
+//     slow           opens "slow" and asks without ever reading: "asked"
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/prctl.h>
+#include <unistd.h>
+
+#include <string>
+#include <vector>
+
+#include "absl/strings/escaping.h"
+#include "absl/strings/str_join.h"
+#include "broker/server/test_session.h"
+
+namespace kvbroker {
+namespace {
+
+void Say(const std::string& line) {
+  printf("%s\n", line.c_str());
+  fflush(stdout);
+}
+
+int Run(const std::vector<std::string>& arguments) {
+  if (arguments.size() < 5) return 2;
+  prctl(PR_SET_PDEATHSIG, SIGKILL);
+  const client::BrokerAddress address = {.rpc_path = arguments[1],
+                                         .descriptor_path = arguments[2]};
+  // Before any thread of gRPC's.
+  const int uid = atoi(arguments[3].c_str());
+  if (uid != static_cast<int>(getuid()) &&
+      (setresgid(uid, uid, uid) != 0 || setresuid(uid, uid, uid) != 0)) {
+    return 3;
+  }
+  const std::string& command = arguments[4];
+  const std::string argument = arguments.size() > 5 ? arguments[5] : "";
+  TestSession session(address);
+  std::vector<UniqueFd> held;
+  if (command == "hold") {
+    absl::Status status = session.Begin("peer");
+    if (status.ok()) {
+      absl::StatusOr<std::vector<UniqueFd>> handles =
+          session.Acquire(atoi(argument.c_str()));
+      status = handles.status();
+      if (handles.ok()) held = *std::move(handles);
+    }
+    Say(status.ok() ? "held" : status.ToString());
+  } else if (command == "steal") {
+    const std::string bytes(absl::HexStringToBytes(argument));
+    Nonce nonce;
+    for (size_t i = 0; i < nonce.size(); ++i) nonce[i] = bytes.at(i);
+    Say(session.OpenWith(nonce, "thief").ToString());
+  } else if (command == "list") {
+    absl::StatusOr<std::vector<std::string>> names = TestAdmin(address).List();
+    Say(names.ok() ? "OK " + absl::StrJoin(*names, ",")
+                   : names.status().ToString());
+  } else if (command == "limit") {
+    Say(TestAdmin(address).SetMax(argument, MiB(1)).ToString());
+  } else if (command == "slow") {
+    absl::Status status = session.Begin("slow");
+    // Each is refused with some words; until the broker has had enough.
+    while (status.ok() && session.SendAcquire(65536)) {
+    }
+    Say(status.ok() ? "dropped" : status.ToString());
+  } else {
+    return 2;
+  }
+  while (getchar() != EOF) {
+  }
+  return 0;
+}
+
+}  // namespace
+}  // namespace kvbroker
+
+int main(int argc, char** argv) {
+  return kvbroker::Run(std::vector<std::string>(argv, argv + argc));
+}

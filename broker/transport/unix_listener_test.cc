@@ -1,0 +1,127 @@
+#include "broker/transport/unix_listener.h"
+
+#include <fcntl.h>
+#include <gtest/gtest.h>
+#include <stdlib.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <filesystem>
+#include <optional>
+#include <string>
+
+namespace kvbroker {
+namespace {
+
+class UnixListenerTest : public testing::Test {
+ protected:
+  UnixListenerTest() {
+    std::string name = testing::TempDir() + "/listener_XXXXXX";
+    folder_ = mkdtemp(name.data());
+  }
+  ~UnixListenerTest() override { std::filesystem::remove_all(folder_); }
+
+  std::string Path(const std::string& name) { return folder_ + "/" + name; }
+
+  static int Mode(const std::string& path) {
+    struct stat info;
+    return lstat(path.c_str(), &info) == 0 ? info.st_mode & 07777 : -1;
+  }
+
+  static bool CanConnect(const std::string& path, int type) {
+    sockaddr_un address = {};
+    address.sun_family = AF_UNIX;
+    path.copy(address.sun_path, path.size());
+    UniqueFd fd(socket(AF_UNIX, type, 0));
+    return connect(fd.get(), reinterpret_cast<sockaddr*>(&address),
+                   sizeof(address)) == 0;
+  }
+
+  std::string folder_;
+};
+
+TEST_F(UnixListenerTest, ListensWithItsModeAndLeavesNothing) {
+  const std::string path = Path("a.sock");
+  for (int type : {SOCK_STREAM, SOCK_SEQPACKET}) {
+    for (bool anybody : {false, true}) {
+      absl::StatusOr<UnixListener> listener =
+          UnixListener::Bind(path, type, {.anybody = anybody});
+      ASSERT_TRUE(listener.ok()) << listener.status();
+      EXPECT_EQ(Mode(path), anybody ? 0666 : 0660);
+      EXPECT_TRUE(CanConnect(path, type));
+    }
+    EXPECT_EQ(Mode(path), -1);
+  }
+}
+
+TEST_F(UnixListenerTest, AStaleSocketIsReplacedAndASuccessorsIsNotRemoved) {
+  const std::string path = Path("a.sock");
+  std::optional<UnixListener> old(*UnixListener::Bind(path, SOCK_STREAM, {}));
+  absl::StatusOr<UnixListener> next = UnixListener::Bind(path, SOCK_STREAM, {});
+  ASSERT_TRUE(next.ok()) << next.status();
+  old.reset();
+  EXPECT_TRUE(CanConnect(path, SOCK_STREAM));
+}
+
+TEST_F(UnixListenerTest, OtherFilesAreNotReplaced) {
+  const std::string path = Path("a.sock");
+  UniqueFd file(open(path.c_str(), O_CREAT | O_WRONLY, 0600));
+  EXPECT_TRUE(absl::IsFailedPrecondition(
+      UnixListener::Bind(path, SOCK_STREAM, {}).status()));
+  EXPECT_EQ(Mode(path), 0600);
+}
+
+TEST_F(UnixListenerTest, APathTooLongIsRefused) {
+  EXPECT_TRUE(absl::IsInvalidArgument(
+      UnixListener::Bind("/" + std::string(107, 'x'), SOCK_STREAM, {})
+          .status()));
+}
+
+TEST_F(UnixListenerTest, ADirectoryIsMadeClosedToOthers) {
+  EXPECT_TRUE(PrepareSocketDirectory(Path("a"), {}).ok());
+  EXPECT_EQ(Mode(Path("a")), 0750);
+  EXPECT_TRUE(PrepareSocketDirectory(Path("b"), {.anybody = true}).ok());
+  EXPECT_EQ(Mode(Path("b")), 0751);
+  EXPECT_TRUE(PrepareSocketDirectory(Path("c"), {.group = getgid()}).ok());
+  EXPECT_EQ(Mode(Path("c")), 0750);
+  EXPECT_TRUE(absl::IsNotFound(PrepareSocketDirectory(Path("no/d"), {})));
+}
+
+TEST_F(UnixListenerTest, AnExistingDirectoryIsJudgedAndLeftAsItIs) {
+  const std::string path = Path("sockets");
+  ASSERT_EQ(mkdir(path.c_str(), 0700), 0);
+  EXPECT_TRUE(PrepareSocketDirectory(path, {}).ok());
+  EXPECT_TRUE(absl::IsFailedPrecondition(
+      PrepareSocketDirectory(path, {.anybody = true})));
+  EXPECT_TRUE(absl::IsFailedPrecondition(
+      PrepareSocketDirectory(path, {.group = getgid()})));
+  EXPECT_EQ(Mode(path), 0700);
+  ASSERT_EQ(chmod(path.c_str(), 0777), 0);
+  EXPECT_TRUE(absl::IsFailedPrecondition(PrepareSocketDirectory(path, {})));
+  ASSERT_EQ(chmod(path.c_str(), 01777), 0);
+  EXPECT_TRUE(PrepareSocketDirectory(path, {.anybody = true}).ok());
+  EXPECT_EQ(Mode(path), 01777);
+}
+
+TEST_F(UnixListenerTest, ALinkOrFileIsNoSocketDirectory) {
+  ASSERT_EQ(symlink("/tmp", Path("link").c_str()), 0);
+  UniqueFd file(open(Path("file").c_str(), O_CREAT | O_WRONLY, 0600));
+  for (const char* name : {"link", "file"}) {
+    EXPECT_TRUE(
+        absl::IsFailedPrecondition(PrepareSocketDirectory(Path(name), {})))
+        << name;
+  }
+}
+
+TEST_F(UnixListenerTest, AnothersDirectoryIsRefused) {
+  if (getuid() != 0) GTEST_SKIP() << "needs root to give a directory away";
+  const std::string path = Path("theirs");
+  ASSERT_EQ(mkdir(path.c_str(), 0700), 0);
+  ASSERT_EQ(chown(path.c_str(), 12345, 12345), 0);
+  EXPECT_TRUE(absl::IsFailedPrecondition(PrepareSocketDirectory(path, {})));
+}
+
+}  // namespace
+}  // namespace kvbroker

@@ -1,0 +1,96 @@
+#include "client/arena/host_mapper.h"
+
+#include <errno.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+
+#include "absl/strings/str_cat.h"
+#include "broker/base/check.h"
+
+namespace kvbroker::client {
+namespace {
+
+// Addresses that fault and cost nothing.
+void* Reserve(void* at, size_t bytes) {
+  int fixed = at == nullptr ? 0 : MAP_FIXED;
+  return mmap(at, bytes, PROT_NONE,
+              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | fixed, -1, 0);
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<HostMapper>> HostMapper::Create(
+    const PoolGeometry& geometry) {
+  Bytes total = geometry.page_bytes() * geometry.max_pages;
+  void* base = Reserve(nullptr, static_cast<size_t>(total.count()));
+  if (base == MAP_FAILED) {
+    return ErrnoToStatus(errno, absl::StrCat("reserving ", FormatBytes(total),
+                                             " of addresses"));
+  }
+  return std::unique_ptr<HostMapper>(
+      new HostMapper(geometry, static_cast<std::byte*>(base)));
+}
+
+HostMapper::HostMapper(const PoolGeometry& geometry, std::byte* base)
+    : geometry_(geometry), base_(base), work_(geometry.max_pages) {}
+
+HostMapper::~HostMapper() {
+  Bytes total = geometry_.page_bytes() * geometry_.max_pages;
+  munmap(base_, static_cast<size_t>(total.count()));
+}
+
+std::byte* HostMapper::region(size_t handle_of_page) const {
+  return base_ + handle_of_page * geometry_.max_pages * handle_bytes();
+}
+
+std::byte* HostMapper::AddressOf(PageIndex page, size_t handle) const {
+  return region(handle) + page.value() * handle_bytes();
+}
+
+absl::Status HostMapper::Map(PageIndex page,
+                             std::vector<UniqueFd> descriptors) {
+  KVB_CHECK(page.value() < geometry_.max_pages);
+  if (descriptors.size() != geometry_.handles_per_page) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "map: a page has ", geometry_.handles_per_page, " handles; got ",
+        descriptors.size()));
+  }
+  for (size_t i = 0; i < descriptors.size(); ++i) {
+    struct stat info;
+    absl::Status failed;
+    if (fstat(descriptors[i].get(), &info) != 0) {
+      failed = ErrnoToStatus(errno, "fstat of a page's handle");
+    } else if (info.st_size != geometry_.handle_bytes.count()) {
+      failed = absl::InvalidArgumentError(
+          absl::StrCat("map: a handle is mapped whole: its size is ",
+                       info.st_size, ", the pool's is ", handle_bytes()));
+    } else if (mmap(AddressOf(page, i), handle_bytes(), PROT_READ | PROT_WRITE,
+                    MAP_SHARED | MAP_FIXED, descriptors[i].get(),
+                    0) == MAP_FAILED) {
+      failed = ErrnoToStatus(errno, "mmap of a page's handle");
+    }
+    if (!failed.ok()) {
+      UnmapHandles(page, i);
+      return failed;
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status HostMapper::Unmap(PageIndex page) {
+  if (work_[page.value()].load() != 0) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("unmap: running work uses page ", page.value()));
+  }
+  UnmapHandles(page, geometry_.handles_per_page);
+  return absl::OkStatus();
+}
+
+void HostMapper::UnmapHandles(PageIndex page, size_t count) {
+  for (size_t i = 0; i < count; ++i) {
+    // Replacing a mapping needs no more mappings than there are: cannot fail.
+    KVB_CHECK(Reserve(AddressOf(page, i), handle_bytes()) != MAP_FAILED);
+  }
+}
+
+}  // namespace kvbroker::client

@@ -1,0 +1,45 @@
+// Mapper: a pool's address range, and the pages mapped into it.
+//
+//   ASSIGN_OR_RETURN(auto mapper, HostMapper::Create(geometry));
+//   RETURN_IF_ERROR(mapper->Map(page, std::move(descriptors)));
+//   ... engines read and write within mapper->region(0) ...
+//   RETURN_IF_ERROR(mapper->Unmap(page));
+//
+// The range is reserved once, for all pages the pool may ever hold, and costs no
+// memory. In the contiguous layout there is one region, and page p lies at
+// p * page bytes. In the per-layer layout there is a region for each handle of a
+// page (a layer's K or V buffer), and handle h of page p lies in region h at
+// p * handle bytes. An address that is not mapped faults.
+#ifndef KVBROKER_CLIENT_ARENA_MAPPER_H_
+#define KVBROKER_CLIENT_ARENA_MAPPER_H_
+
+#include <cstddef>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "broker/base/ids.h"
+#include "broker/base/unique_fd.h"
+
+namespace kvbroker::client {
+
+// Map and Unmap are called by one thread at a time; the rest from any.
+class Mapper {
+ public:
+  virtual ~Mapper() = default;
+
+  // Imports and maps the page's handles, in order. All or nothing.
+  // REQUIRES: the page is not mapped, as many descriptors as handles a page.
+  virtual absl::Status Map(PageIndex page,
+                           std::vector<UniqueFd> descriptors) = 0;
+
+  // Unmaps the page and releases its imports. FAILED_PRECONDITION, and nothing
+  // happened: work that was queued before still uses it.
+  virtual absl::Status Unmap(PageIndex page) = 0;
+
+  // Start of a region; fixed for the mapper's life.
+  virtual std::byte* region(size_t handle_of_page) const = 0;
+};
+
+}  // namespace kvbroker::client
+
+#endif  // KVBROKER_CLIENT_ARENA_MAPPER_H_

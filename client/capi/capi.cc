@@ -1,0 +1,457 @@
+// The C ABI over Session and Pool. Every error becomes a code and a message in
+// one place, Fail, and exceptions (the standard library's, when memory runs out)
+// in another, Guarded; elsewhere they end the program.
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/types/span.h"
+#include "broker/base/status_macros.h"
+#include "client/address/broker_address.h"
+#include "client/capi/kvbroker.h"
+#include "client/session/open_session.h"
+
+using kvbroker::Bytes;
+using kvbroker::client::BlockRemoval;
+using kvbroker::client::BrokerAddress;
+using kvbroker::client::Pool;
+using kvbroker::client::PoolOptions;
+using kvbroker::client::PoolUsage;
+using kvbroker::client::Session;
+using kvbroker::client::SessionOptions;
+
+struct kvb_session_options {
+  SessionOptions session;
+  std::string address;
+  std::string gpu;
+};
+
+struct kvb_session {
+  std::unique_ptr<Session> session;
+  std::string instance;
+  pid_t owner = 0;
+};
+
+// kvb_pool is a client::Pool by another name: nothing of its own to keep.
+
+namespace {
+
+kvb_code Fail(const absl::Status& status, char** error) {
+  if (status.ok()) return KVB_OK;
+  if (error != nullptr) {
+    *error = strndup(status.message().data(), status.message().size());
+  }
+  switch (status.code()) {
+    case absl::StatusCode::kInvalidArgument:
+    case absl::StatusCode::kDeadlineExceeded:
+    case absl::StatusCode::kNotFound:
+    case absl::StatusCode::kPermissionDenied:
+    case absl::StatusCode::kResourceExhausted:
+    case absl::StatusCode::kFailedPrecondition:
+    case absl::StatusCode::kUnavailable:
+      return static_cast<kvb_code>(status.code());
+    default:
+      return KVB_INTERNAL;
+  }
+}
+
+// Calls action() and answers with its status.
+template <typename Action>
+kvb_code Guarded(char** error, Action action) noexcept {
+  try {
+    return Fail(action(), error);
+  } catch (const std::exception& thrown) {
+    if (error != nullptr) *error = strdup(thrown.what());
+    return KVB_INTERNAL;
+  }
+}
+
+Pool& Unwrap(kvb_pool* pool) { return *reinterpret_cast<Pool*>(pool); }
+
+absl::Duration FromMillis(int64_t ms) {
+  return ms == KVB_FOREVER ? absl::InfiniteDuration() : absl::Milliseconds(ms);
+}
+
+// More than any device has is as good as all of that.
+Bytes ToBytes(uint64_t bytes) {
+  const uint64_t most = static_cast<uint64_t>(kvbroker::kMaxBytes.count());
+  return Bytes(static_cast<int64_t>(std::min(bytes, most + 1)));
+}
+
+uint64_t Count(Bytes bytes) { return static_cast<uint64_t>(bytes.count()); }
+
+// Into the part of a struct that the caller knows of.
+template <typename Struct>
+void Fill(Struct* out, Struct values) {
+  values.size = out->size;
+  std::memcpy(out, &values, std::min(out->size, sizeof(values)));
+}
+
+kvb_pool_options DefaultPool() {
+  const PoolOptions defaults;
+  kvb_pool_options options = {};
+  options.handles_per_page = 1;
+  options.layout = KVB_CONTIGUOUS;
+  options.map_ahead = defaults.map_ahead;
+  options.min_reserved_pages = defaults.min_reserved_pages;
+  options.max_reserved_pages = -1;
+  options.idle_decay_ms = absl::ToInt64Milliseconds(defaults.idle_decay);
+  options.running_miss_wait_us =
+      absl::ToInt64Microseconds(defaults.running_miss_wait);
+  options.claim_deadline_ms =
+      absl::ToInt64Milliseconds(defaults.claim_deadline);
+  return options;
+}
+
+// What the broker does not see, or could not name in the caller's words.
+absl::Status CheckPool(const kvb_pool_options& pool) {
+  if (pool.handle_bytes == 0 || pool.block_bytes == 0) {
+    return absl::InvalidArgumentError(
+        "pool options: handle_bytes and block_bytes must be above 0");
+  }
+  if (pool.handles_per_page == 0 || pool.max_pages == 0) {
+    return absl::InvalidArgumentError(
+        "pool options: handles_per_page and max_pages must be above 0");
+  }
+  if (pool.layout != KVB_CONTIGUOUS && pool.layout != KVB_PER_LAYER) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("pool options: no such layout: ",
+                     static_cast<int>(pool.layout)));
+  }
+  if (pool.min_reserved_pages < 0 || pool.max_reserved_pages < -1) {
+    return absl::InvalidArgumentError(
+        "pool options: min_reserved_pages must be 0 or more, "
+        "max_reserved_pages -1 or more");
+  }
+  if (pool.idle_decay_ms < 0 || pool.running_miss_wait_us < 0 ||
+      pool.claim_deadline_ms < 0) {
+    return absl::InvalidArgumentError(
+        "pool options: times must be 0 or more");
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<PoolOptions> FromC(const kvb_pool_options* given) {
+  if (given->size > sizeof(kvb_pool_options)) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        "pool options: the program was built for a newer libkvbroker; size is ",
+        given->size, ", the library knows ", sizeof(kvb_pool_options)));
+  }
+  kvb_pool_options pool = DefaultPool();
+  std::memcpy(&pool, given, given->size);
+  RETURN_IF_ERROR(CheckPool(pool));
+  PoolOptions options;
+  options.geometry.handle_bytes = ToBytes(pool.handle_bytes);
+  options.geometry.handles_per_page = pool.handles_per_page;
+  options.geometry.layout = pool.layout == KVB_CONTIGUOUS
+                                ? kvbroker::Layout::kContiguous
+                                : kvbroker::Layout::kPerLayer;
+  options.geometry.max_pages = pool.max_pages;
+  options.block_bytes = ToBytes(pool.block_bytes);
+  options.reserve_null_block = pool.reserve_null_block != 0;
+  options.map_ahead = pool.map_ahead != 0;
+  options.min_reserved_pages = pool.min_reserved_pages;
+  if (pool.max_reserved_pages >= 0) {
+    options.max_reserved_pages = pool.max_reserved_pages;
+  }
+  options.idle_decay = FromMillis(pool.idle_decay_ms);
+  options.running_miss_wait = absl::Microseconds(pool.running_miss_wait_us);
+  options.claim_deadline = FromMillis(pool.claim_deadline_ms);
+  void* const context = pool.context;
+  if (pool.on_preempt != nullptr) {
+    options.on_preempt = [call = pool.on_preempt, context] { call(context); };
+  }
+  if (pool.on_closing != nullptr) {
+    options.on_closing = [call = pool.on_closing,
+                          context](kvbroker::PageCount pages) {
+      call(context, static_cast<uint64_t>(pages));
+    };
+  }
+  if (pool.on_memory != nullptr) {
+    options.on_memory = [call = pool.on_memory, context] { call(context); };
+  }
+  return options;
+}
+
+// gRPC's threads do not survive a fork, and the child hangs where it waits for
+// them. The process that opened the first session:
+std::atomic<pid_t> opener = 0;
+
+absl::Status CheckNotForked() {
+  pid_t none = 0;
+  const pid_t self = getpid();
+  if (opener.compare_exchange_strong(none, self) || none == self) {
+    return absl::OkStatus();
+  }
+  return absl::FailedPreconditionError(absl::StrCat(
+      "this process was forked after its parent had opened a session: fork "
+      "earlier, or spawn it; parent: ",
+      none));
+}
+
+}  // namespace
+
+extern "C" {
+
+int kvb_abi_version(void) noexcept { return KVB_ABI_VERSION; }
+
+void kvb_error_free(char* error) noexcept { std::free(error); }
+
+// ---- options ----
+
+void kvb_pool_options_init(kvb_pool_options* options, size_t size) noexcept {
+  options->size = size;
+  Fill(options, DefaultPool());
+}
+
+kvb_session_options* kvb_session_options_new(const char* instance) noexcept {
+  auto* options = new kvb_session_options;
+  options->session.instance = instance;
+  if (const char* address = std::getenv("KVBROKER_ADDRESS")) {
+    options->address = address;
+  }
+  return options;
+}
+
+void kvb_session_options_free(kvb_session_options* options) noexcept {
+  delete options;
+}
+
+void kvb_session_options_set_address(kvb_session_options* options,
+                                     const char* address) noexcept {
+  options->address = address;
+}
+
+void kvb_session_options_set_gpu(kvb_session_options* options,
+                                 const char* gpu) noexcept {
+  options->gpu = gpu;
+}
+
+void kvb_session_options_set_member(kvb_session_options* options,
+                                    const char* member) noexcept {
+  options->session.member = member;
+}
+
+void kvb_session_options_set_min(kvb_session_options* options,
+                                 uint64_t bytes) noexcept {
+  options->session.min = ToBytes(bytes);
+}
+
+void kvb_session_options_set_max(kvb_session_options* options,
+                                 uint64_t bytes) noexcept {
+  options->session.max = ToBytes(bytes);
+}
+
+void kvb_session_options_set_max_fraction(kvb_session_options* options,
+                                          double fraction) noexcept {
+  options->session.max_fraction = fraction;
+}
+
+void kvb_session_options_set_weight(kvb_session_options* options,
+                                    double weight) noexcept {
+  options->session.weight = weight;
+}
+
+void kvb_session_options_set_declared_peak(kvb_session_options* options,
+                                           uint64_t bytes) noexcept {
+  options->session.declared_peak = ToBytes(bytes);
+}
+
+void kvb_session_options_set_label(kvb_session_options* options,
+                                   const char* key,
+                                   const char* value) noexcept {
+  options->session.labels[key] = value;
+}
+
+void kvb_session_options_set_timeout(kvb_session_options* options,
+                                     int64_t ms) noexcept {
+  options->session.open_timeout = FromMillis(ms);
+}
+
+void kvb_session_options_set_on_fenced(kvb_session_options* options,
+                                       kvb_text_callback on_fenced,
+                                       void* context) noexcept {
+  options->session.on_fenced = [on_fenced, context](const std::string& why) {
+    on_fenced(context, why.c_str());
+  };
+}
+
+kvb_code kvb_session_options_add_pool(kvb_session_options* options,
+                                      const kvb_pool_options* pool,
+                                      char** error) noexcept {
+  return Guarded(error, [&]() -> absl::Status {
+    ASSIGN_OR_RETURN(PoolOptions added, FromC(pool));
+    options->session.pools.push_back(std::move(added));
+    return absl::OkStatus();
+  });
+}
+
+// ---- sessions ----
+
+kvb_code kvb_session_open(const kvb_session_options* options,
+                          kvb_session** session, char** error) noexcept {
+  return Guarded(error, [&]() -> absl::Status {
+    RETURN_IF_ERROR(CheckNotForked());
+    kvbroker::client::AddressOptions where;
+    where.address = options->address;
+    where.gpu = options->gpu;
+    ASSIGN_OR_RETURN(std::vector<BrokerAddress> brokers,
+                     kvbroker::client::FindBrokers(where));
+    if (brokers.size() > 1) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "several brokers are there, say which with the address or the gpu: ",
+          brokers[0].rpc_path, ", ", brokers[1].rpc_path,
+          brokers.size() > 2 ? ", ..." : ""));
+    }
+    auto opened = std::make_unique<kvb_session>();
+    ASSIGN_OR_RETURN(
+        opened->session,
+        kvbroker::client::OpenSession(brokers.front(), options->session));
+    opened->instance = opened->session->opened().instance;
+    opened->owner = getpid();
+    *session = opened.release();
+    return absl::OkStatus();
+  });
+}
+
+void kvb_session_close(kvb_session* session) noexcept {
+  // A forked child has neither the threads nor the pages: the parent's stay.
+  if (session == nullptr || session->owner != getpid()) return;
+  delete session;
+}
+
+const char* kvb_session_instance(const kvb_session* session) noexcept {
+  return session->instance.c_str();
+}
+
+kvb_code kvb_session_health(kvb_session* session, char** error) noexcept {
+  return Guarded(error, [&]() -> absl::Status {
+    RETURN_IF_ERROR(CheckNotForked());
+    return session->session->health();
+  });
+}
+
+void kvb_session_limits(kvb_session* session, kvb_limits* limits) noexcept {
+  const kvbroker::Opened opened = session->session->opened();
+  Fill(limits, {.min_bytes = Count(opened.min),
+                .max_bytes = Count(opened.max),
+                .capacity_bytes = Count(opened.capacity)});
+}
+
+kvb_pool* kvb_session_pool(kvb_session* session, size_t index) noexcept {
+  if (index >= session->session->pool_count()) return nullptr;
+  return reinterpret_cast<kvb_pool*>(&session->session->pool(index));
+}
+
+// ---- blocks ----
+
+int kvb_pool_alloc(kvb_pool* pool, size_t count, kvb_urgency urgency,
+                   int32_t* blocks) noexcept {
+  return Unwrap(pool).Alloc(absl::MakeSpan(blocks, count),
+                            urgency == KVB_RUNNING
+                                ? kvbroker::Urgency::kRunning
+                                : kvbroker::Urgency::kWaiting);
+}
+
+kvb_code kvb_pool_free(kvb_pool* pool, const int32_t* blocks, size_t count,
+                       char** error) noexcept {
+  return Guarded(error, [&] {
+    return Unwrap(pool).Free(absl::MakeConstSpan(blocks, count));
+  });
+}
+
+kvb_code kvb_pool_cache(kvb_pool* pool, const int32_t* blocks, size_t count,
+                        char** error) noexcept {
+  return Guarded(error, [&] {
+    return Unwrap(pool).Cache(absl::MakeConstSpan(blocks, count));
+  });
+}
+
+int kvb_pool_touch(kvb_pool* pool, const int32_t* blocks,
+                   const uint32_t* generations, size_t count) noexcept {
+  return Unwrap(pool).Touch(absl::MakeConstSpan(blocks, count),
+                            absl::MakeConstSpan(generations, count));
+}
+
+uint32_t kvb_pool_generation(kvb_pool* pool, int32_t block) noexcept {
+  const PoolOptions& options = Unwrap(pool).options();
+  const int64_t blocks =
+      options.geometry.page_bytes() * options.geometry.max_pages /
+      options.block_bytes;
+  return block < 0 || block >= blocks ? 0 : Unwrap(pool).generation(block);
+}
+
+size_t kvb_pool_drain_removals(kvb_pool* pool, kvb_removal* removals,
+                               size_t count) noexcept {
+  size_t drained = 0;
+  BlockRemoval batch[64];
+  while (drained < count) {
+    const size_t got = Unwrap(pool).DrainRemovals(
+        absl::MakeSpan(batch, std::min<size_t>(64, count - drained)));
+    if (got == 0) break;
+    for (size_t i = 0; i < got; ++i) {
+      removals[drained++] = {batch[i].block, batch[i].generation};
+    }
+  }
+  return drained;
+}
+
+size_t kvb_pool_available(kvb_pool* pool) noexcept {
+  return Unwrap(pool).available_blocks();
+}
+
+size_t kvb_pool_capacity(kvb_pool* pool) noexcept {
+  return Unwrap(pool).capacity_blocks();
+}
+
+int kvb_pool_reserve(kvb_pool* pool, size_t count,
+                     int64_t timeout_ms) noexcept {
+  return Unwrap(pool).Reserve(count, FromMillis(timeout_ms));
+}
+
+void kvb_pool_step_begin(kvb_pool* pool) noexcept { Unwrap(pool).StepBegin(); }
+
+void kvb_pool_step_end(kvb_pool* pool, uint64_t scheduled_step) noexcept {
+  Unwrap(pool).StepEnd(scheduled_step);
+}
+
+void kvb_pool_step_done(kvb_pool* pool, uint64_t completed_step) noexcept {
+  Unwrap(pool).StepDone(completed_step);
+}
+
+uint64_t kvb_pool_pages_to_vacate(kvb_pool* pool) noexcept {
+  return static_cast<uint64_t>(Unwrap(pool).pages_to_vacate());
+}
+
+size_t kvb_pool_blocks_to_vacate(kvb_pool* pool, int32_t* blocks,
+                                 size_t count) noexcept {
+  return Unwrap(pool).BlocksToVacate(absl::MakeSpan(blocks, count));
+}
+
+// ---- memory ----
+
+void* kvb_pool_region(kvb_pool* pool, size_t handle_of_page) noexcept {
+  const kvbroker::PoolGeometry& geometry = Unwrap(pool).options().geometry;
+  if (handle_of_page >= geometry.handles_per_page) return nullptr;
+  return Unwrap(pool).mapper().region(handle_of_page);
+}
+
+void kvb_pool_usage(kvb_pool* pool, kvb_usage* usage) noexcept {
+  const PoolUsage now = Unwrap(pool).usage();
+  Fill(usage, {.in_use_bytes = Count(now.in_use),
+               .cached_bytes = Count(now.cached),
+               .idle_bytes = Count(now.idle),
+               .arriving_bytes = Count(now.arriving),
+               .waiting_bytes = Count(now.waiting)});
+}
+
+}  // extern "C"

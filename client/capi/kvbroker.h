@@ -1,0 +1,256 @@
+/* kvbroker: a KV cache pool on memory borrowed from a kvbrokerd, for C.
+ *
+ *   kvb_session_options* options = kvb_session_options_new("llama");
+ *   kvb_session_options_add_pool(options, &pool_options, NULL);
+ *   kvb_session* session;
+ *   char* error = NULL;
+ *   if (kvb_session_open(options, &session, &error) != KVB_OK) ...
+ *   kvb_pool* pool = kvb_session_pool(session, 0);
+ *   int32_t blocks[16];
+ *   if (kvb_pool_alloc(pool, 16, KVB_RUNNING, blocks)) ...
+ *   kvb_pool_free(pool, blocks, 16, NULL);
+ *   kvb_session_close(session);
+ *
+ * example.c is a whole program, docs/api/c.md says more. Conventions:
+ * 1. A function that can fail returns a kvb_code; KVB_OK is 0. Where it takes a
+ *    char** error, that may be NULL; on failure it is set to a message that the
+ *    caller gives to kvb_error_free. On success it is untouched.
+ * 2. Handles are opaque. kvb_*_new and kvb_session_open give one that is the
+ *    caller's to end with kvb_*_free or kvb_session_close. kvb_session_pool gives
+ *    one that lives as long as its session.
+ * 3. Strings that are passed in are copied. Strings that come out belong to the
+ *    handle and live as long, but for errors (1).
+ * 4. Sizes are bytes unless named blocks or pages. Times are milliseconds unless
+ *    named _us; KVB_FOREVER is no limit.
+ * 5. Every function may be called from any thread, but a handle is not used
+ *    while or after it is ended, and options by one thread at a time. Callbacks
+ *    come from the session's own thread, hold no lock, and may call back, but
+ *    not end the session.
+ * 6. kvb_pool_alloc, _free, _cache and _touch talk to nobody and allocate nothing
+ *    while mapped pages last.
+ * 7. No C++ exception comes out. NULL where a handle is needed, and a buffer
+ *    shorter than its count, are the caller's bugs.
+ * 8. Structs only grow, at the end, and begin with their size, by which the
+ *    library knows what the program was built with: fields that an older program
+ *    has not get their defaults, and are not written to. A program built for a
+ *    newer library is told so with KVB_FAILED_PRECONDITION. What exists keeps its
+ *    meaning while kvb_abi_version() == KVB_ABI_VERSION.
+ * 9. A session is of no use in a process forked after it was opened, nor is
+ *    kvb_session_open there: start such processes before, or spawn them.
+ */
+#ifndef KVBROKER_CLIENT_CAPI_KVBROKER_H_
+#define KVBROKER_CLIENT_CAPI_KVBROKER_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+#define KVB_NOEXCEPT noexcept
+extern "C" {
+#else
+#define KVB_NOEXCEPT
+#endif
+
+#define KVB_ABI_VERSION 1
+#define KVB_FOREVER INT64_MAX
+
+/* The numbers of google.rpc.Code; what is none of these is KVB_INTERNAL. */
+typedef enum kvb_code {
+  KVB_OK = 0,
+  KVB_INVALID_ARGUMENT = 3,
+  KVB_DEADLINE_EXCEEDED = 4,
+  KVB_NOT_FOUND = 5,
+  KVB_PERMISSION_DENIED = 7,
+  KVB_RESOURCE_EXHAUSTED = 8,
+  KVB_FAILED_PRECONDITION = 9,
+  KVB_INTERNAL = 13,
+  KVB_UNAVAILABLE = 14
+} kvb_code;
+
+typedef enum kvb_layout {
+  KVB_CONTIGUOUS = 1, /* one handle a page, holding all layers */
+  KVB_PER_LAYER = 2   /* a handle for each layer's K or V */
+} kvb_layout;
+
+typedef enum kvb_urgency {
+  KVB_WAITING = 2, /* a request waits: a miss returns at once, and is pursued */
+  KVB_RUNNING = 3  /* a request runs: a miss may wait for running_miss_wait_us */
+} kvb_urgency;
+
+typedef struct kvb_session_options kvb_session_options;
+typedef struct kvb_session kvb_session;
+typedef struct kvb_pool kvb_pool;
+
+typedef void (*kvb_callback)(void* context);
+typedef void (*kvb_pages_callback)(void* context, uint64_t pages);
+typedef void (*kvb_text_callback)(void* context, const char* text);
+
+typedef struct kvb_pool_options {
+  size_t size;               /* sizeof(kvb_pool_options) */
+  uint64_t handle_bytes;     /* one handle; a multiple of the device's page */
+  uint32_t handles_per_page; /* 1 in the contiguous layout */
+  kvb_layout layout;
+  uint32_t max_pages;         /* slots of the address range; cost nothing */
+  uint64_t block_bytes;       /* of one block, all layers together */
+  int reserve_null_block;     /* block 0 is backed and never handed out */
+  int map_ahead;              /* of need, while there is free memory for it */
+  int64_t min_reserved_pages; /* idle pages that are kept, and mapped ahead */
+  int64_t max_reserved_pages; /* idle pages kept at most; -1: no limit */
+  int64_t idle_decay_ms;      /* idle pages above the reserve go after this */
+  int64_t running_miss_wait_us; /* how long kvb_pool_alloc may wait */
+  int64_t claim_deadline_ms;    /* how long the broker may pursue a miss */
+  kvb_callback on_preempt;      /* see kvb_pool_blocks_to_vacate */
+  kvb_pages_callback on_closing; /* pages get no new blocks, and empty out */
+  kvb_callback on_memory;        /* memory came for a miss: try again */
+  void* context;                 /* of the callbacks, each of which may be NULL */
+} kvb_pool_options;
+
+/* Limits of the instance in force, and what the device has to lend, in bytes. */
+typedef struct kvb_limits {
+  size_t size; /* sizeof(kvb_limits) */
+  uint64_t min_bytes;
+  uint64_t max_bytes;
+  uint64_t capacity_bytes;
+} kvb_limits;
+
+/* Bytes of pages: with a used block; with cached blocks only; with neither; on
+ * their way; and wished for. */
+typedef struct kvb_usage {
+  size_t size; /* sizeof(kvb_usage) */
+  uint64_t in_use_bytes;
+  uint64_t cached_bytes;
+  uint64_t idle_bytes;
+  uint64_t arriving_bytes;
+  uint64_t waiting_bytes;
+} kvb_usage;
+
+/* Cached content that is gone: that of `generation` and all before. */
+typedef struct kvb_removal {
+  int32_t block;
+  uint32_t generation;
+} kvb_removal;
+
+/* What the library speaks; a program wants its own KVB_ABI_VERSION. */
+int kvb_abi_version(void) KVB_NOEXCEPT;
+void kvb_error_free(char* error) KVB_NOEXCEPT;
+
+/* ---- options ---- */
+
+/* `size` is sizeof(kvb_pool_options). The defaults: 1 handle a page, contiguous,
+ * map ahead and keep 5 pages, no cap, decay after 30 s, wait 2 ms, 10 s. */
+void kvb_pool_options_init(kvb_pool_options* options, size_t size) KVB_NOEXCEPT;
+
+/* `instance`: 1 to 128 of A-Z a-z 0-9 _ . - */
+kvb_session_options* kvb_session_options_new(const char* instance) KVB_NOEXCEPT;
+void kvb_session_options_free(kvb_session_options* options) KVB_NOEXCEPT;
+/* A broker's socket or a directory of sockets; by default KVBROKER_ADDRESS, then
+ * the system's and the user's directories. */
+void kvb_session_options_set_address(kvb_session_options* options,
+                                     const char* address) KVB_NOEXCEPT;
+/* Of several brokers: a device's uuid, a prefix of it, or its index. */
+void kvb_session_options_set_gpu(kvb_session_options* options,
+                                 const char* gpu) KVB_NOEXCEPT;
+/* Which member of the instance this process is; taken by one at a time. */
+void kvb_session_options_set_member(kvb_session_options* options,
+                                    const char* member) KVB_NOEXCEPT;
+/* Limits: in force unless an operator has set others. max_fraction: of the
+ * device, above 0 and at most 1, instead of max. */
+void kvb_session_options_set_min(kvb_session_options* options,
+                                 uint64_t bytes) KVB_NOEXCEPT;
+void kvb_session_options_set_max(kvb_session_options* options,
+                                 uint64_t bytes) KVB_NOEXCEPT;
+void kvb_session_options_set_max_fraction(kvb_session_options* options,
+                                          double fraction) KVB_NOEXCEPT;
+void kvb_session_options_set_weight(kvb_session_options* options,
+                                    double weight) KVB_NOEXCEPT;
+/* What the process needs of the device at its peak besides the pools. */
+void kvb_session_options_set_declared_peak(kvb_session_options* options,
+                                           uint64_t bytes) KVB_NOEXCEPT;
+void kvb_session_options_set_label(kvb_session_options* options,
+                                   const char* key,
+                                   const char* value) KVB_NOEXCEPT;
+/* How long kvb_session_open may take; 10 s by default. */
+void kvb_session_options_set_timeout(kvb_session_options* options,
+                                     int64_t ms) KVB_NOEXCEPT;
+/* An operator ended the session, for the reason in `text`. By default the process
+ * ends, with status 86. */
+void kvb_session_options_set_on_fenced(kvb_session_options* options,
+                                       kvb_text_callback on_fenced,
+                                       void* context) KVB_NOEXCEPT;
+/* Pools are numbered from 0 in the order in which they are added. */
+kvb_code kvb_session_options_add_pool(kvb_session_options* options,
+                                      const kvb_pool_options* pool,
+                                      char** error) KVB_NOEXCEPT;
+
+/* ---- sessions ---- */
+
+/* KVB_NOT_FOUND, KVB_UNAVAILABLE: no broker; KVB_PERMISSION_DENIED: it does not
+ * admit this user; KVB_INVALID_ARGUMENT names what is wrong. */
+kvb_code kvb_session_open(const kvb_session_options* options,
+                          kvb_session** session, char** error) KVB_NOEXCEPT;
+/* Unmaps and returns everything; its pools are gone. NULL is fine. */
+void kvb_session_close(kvb_session* session) KVB_NOEXCEPT;
+/* The name in force; differs from the wish where that was another tenant's. */
+const char* kvb_session_instance(const kvb_session* session) KVB_NOEXCEPT;
+/* KVB_OK while the broker is there. Without it the pools live on and do not
+ * grow. */
+kvb_code kvb_session_health(kvb_session* session, char** error) KVB_NOEXCEPT;
+void kvb_session_limits(kvb_session* session, kvb_limits* limits) KVB_NOEXCEPT;
+/* NULL past the last one. */
+kvb_pool* kvb_session_pool(kvb_session* session, size_t index) KVB_NOEXCEPT;
+
+/* ---- blocks ---- */
+
+/* 1 and `count` ids in `blocks`, or 0 and nothing changed. */
+int kvb_pool_alloc(kvb_pool* pool, size_t count, kvb_urgency urgency,
+                   int32_t* blocks) KVB_NOEXCEPT;
+/* All or none: KVB_INVALID_ARGUMENT for one that is not in use. */
+kvb_code kvb_pool_free(kvb_pool* pool, const int32_t* blocks, size_t count,
+                       char** error) KVB_NOEXCEPT;
+/* As free, but the contents stay until the memory is needed. */
+kvb_code kvb_pool_cache(kvb_pool* pool, const int32_t* blocks, size_t count,
+                        char** error) KVB_NOEXCEPT;
+/* 1 and all in use again, if each still has the content of its generation. */
+int kvb_pool_touch(kvb_pool* pool, const int32_t* blocks,
+                   const uint32_t* generations, size_t count) KVB_NOEXCEPT;
+/* Rises each time the block's content is given up. 0 for no block of the pool. */
+uint32_t kvb_pool_generation(kvb_pool* pool, int32_t block) KVB_NOEXCEPT;
+/* Takes out up to `count` events, oldest first; says how many. */
+size_t kvb_pool_drain_removals(kvb_pool* pool, kvb_removal* removals,
+                               size_t count) KVB_NOEXCEPT;
+/* Blocks an alloc would get now, promised ones included; and the most there can
+ * be as limits stand. */
+size_t kvb_pool_available(kvb_pool* pool) KVB_NOEXCEPT;
+size_t kvb_pool_capacity(kvb_pool* pool) KVB_NOEXCEPT;
+/* 1 once memory for `count` blocks is mapped, or set aside for a second; 0 where
+ * that cannot be within the time. */
+int kvb_pool_reserve(kvb_pool* pool, size_t count,
+                     int64_t timeout_ms) KVB_NOEXCEPT;
+
+/* ---- steps: no block that was free at the begin is taken before the end; no
+ * page is unmapped before the steps that may use it are done. Numbers rise ---- */
+void kvb_pool_step_begin(kvb_pool* pool) KVB_NOEXCEPT;
+void kvb_pool_step_end(kvb_pool* pool, uint64_t scheduled_step) KVB_NOEXCEPT;
+void kvb_pool_step_done(kvb_pool* pool, uint64_t completed_step) KVB_NOEXCEPT;
+
+/* Pages whose requests shall be preempted; and their blocks, up to `count`, which
+ * are to be freed. Cheap when there are none. */
+uint64_t kvb_pool_pages_to_vacate(kvb_pool* pool) KVB_NOEXCEPT;
+size_t kvb_pool_blocks_to_vacate(kvb_pool* pool, int32_t* blocks,
+                                 size_t count) KVB_NOEXCEPT;
+
+/* ---- memory ---- */
+
+/* Start of the region of a page's handle 0 .. handles_per_page - 1, fixed for the
+ * session; NULL past the last. In the contiguous layout block b is at
+ * b * block_bytes of region 0; per layer, handle h of page p is at
+ * p * handle_bytes of region h. Only what is in use may be touched: anything else
+ * may fault. */
+void* kvb_pool_region(kvb_pool* pool, size_t handle_of_page) KVB_NOEXCEPT;
+void kvb_pool_usage(kvb_pool* pool, kvb_usage* usage) KVB_NOEXCEPT;
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* KVBROKER_CLIENT_CAPI_KVBROKER_H_ */

@@ -1,0 +1,20 @@
+// OpenSession: a Session with a real broker, on this machine.
+#ifndef KVBROKER_CLIENT_SESSION_OPEN_SESSION_H_
+#define KVBROKER_CLIENT_SESSION_OPEN_SESSION_H_
+
+#include <memory>
+
+#include "absl/status/statusor.h"
+#include "client/address/broker_address.h"
+#include "client/session/session.h"
+
+namespace kvbroker::client {
+
+// Connects, opens and starts. Fails with what the broker said, or UNAVAILABLE
+// where there is none.
+absl::StatusOr<std::unique_ptr<Session>> OpenSession(
+    const BrokerAddress& address, SessionOptions options);
+
+}  // namespace kvbroker::client
+
+#endif  // KVBROKER_CLIENT_SESSION_OPEN_SESSION_H_

@@ -1,0 +1,265 @@
+// Pool: an engine's KV blocks, backed by pages borrowed from the broker.
+//
+//   pool.StepBegin();
+//   if (pool.Alloc(absl::MakeSpan(blocks), Urgency::kRunning)) ...
+//   pool.StepEnd(step);                       // `step` has been scheduled
+//   pool.StepDone(step);                      // its output is back
+//   RETURN_IF_ERROR(pool.Free(blocks));
+//
+// The engine's calls never talk to the broker: Alloc and Free do no RPC and
+// allocate nothing while mapped pages last. A miss leaves a *wish*, which the
+// session's worker turns into an Acquire; it also maps what is granted, answers
+// reclaims without the engine's help, maps ahead while demand rises, returns
+// what has been idle for long, and reports.
+//
+// A wish, one an urgency:
+//
+//   NONE --Alloc misses--> WANTED --Acquire--> ASKED --Granted, mapped--> NONE
+//     ^                       ^                 |  |
+//     |                       +---- Refused ----+  | not renewed for a second:
+//     +-------------------------------------Cancel-+ nobody waits any more
+//
+// Between StepBegin and StepEnd no block that was free at the begin is taken
+// away. A page is unmapped only when the steps that may use it are done.
+//
+// Threads: the engine's calls from any thread; those marked so from the worker
+// only. Callbacks run on the worker, without the pool's lock, and may call the
+// engine's side.
+#ifndef KVBROKER_CLIENT_SESSION_POOL_H_
+#define KVBROKER_CLIENT_SESSION_POOL_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "absl/types/span.h"
+#include "broker/base/clock.h"
+#include "broker/base/mutex.h"
+#include "client/arena/mapper.h"
+#include "client/block/block_table.h"
+#include "proto/messages.h"
+
+namespace kvbroker::client {
+
+struct PoolOptions {
+  PoolGeometry geometry;
+  Bytes block_bytes;  // all layers together
+  bool reserve_null_block = false;
+  // Pages kept mapped ahead of need, while there is free memory for it.
+  bool map_ahead = true;
+  PageCount min_reserved_pages = 5;
+  // Idle pages kept mapped at most; absent: until somebody needs them.
+  std::optional<PageCount> max_reserved_pages;
+  // Idle pages above the reserve go back after this long; infinite: never.
+  absl::Duration idle_decay = absl::Seconds(30);
+  // How long a running request's miss may wait inside Alloc.
+  absl::Duration running_miss_wait = absl::Milliseconds(2);
+  // How long the broker may take to answer a wish with a refusal.
+  absl::Duration claim_deadline = absl::Seconds(10);
+
+  // The broker wants requests preempted: see BlocksToVacate.
+  std::function<void()> on_preempt;
+  // Pages were closed: their blocks are handed out no more.
+  std::function<void(PageCount pages)> on_closing;
+  // Pages came for a wish: an engine that waits may try again.
+  std::function<void()> on_memory;
+};
+
+// What a pool has, in bytes. held = in_use + cached + idle + arriving.
+struct PoolUsage {
+  Bytes in_use;    // pages with a used block
+  Bytes cached;    // pages with cached blocks only
+  Bytes idle;      // pages without either
+  Bytes arriving;  // granted, not mapped yet
+  Bytes waiting;   // wished for
+  Bytes held() const { return in_use + cached + idle + arriving; }
+};
+
+// What the pool needs of its session. Thread-safe.
+class PoolSession {
+ public:
+  virtual ~PoolSession() = default;
+  virtual Sequence NextSequence() = 0;
+  virtual void Send(ClientMessage message) = 0;
+  // Calls the worker to Work() soon.
+  virtual void Wake() = 0;
+};
+
+class Pool {
+ public:
+  // `session` and `clock` outlive the pool.
+  static absl::StatusOr<std::unique_ptr<Pool>> Create(
+      PoolOptions options, std::unique_ptr<Mapper> mapper, PoolSession& session,
+      Clock& clock);
+  ~Pool();
+
+  // ---- the engine's side ----
+
+  // Fills `out`, or returns false and takes none. A running request's miss may
+  // wait for running_miss_wait; a waiting one's leaves its wish and returns.
+  // Both wait up to a second for memory that the broker has promised.
+  bool Alloc(absl::Span<BlockId> out, Urgency urgency);
+  // See BlockTable for these; the step is the last one scheduled.
+  absl::Status Free(absl::Span<const BlockId> blocks);
+  absl::Status Cache(absl::Span<const BlockId> blocks);
+  bool Touch(absl::Span<const BlockId> blocks,
+             absl::Span<const BlockGeneration> generations);
+  BlockGeneration generation(BlockId block);
+  size_t DrainRemovals(absl::Span<BlockRemoval> out);
+
+  // Blocks that Alloc would get now: free and evictable ones in mapped pages,
+  // and those of pages the broker has granted or set aside.
+  size_t available_blocks();
+  // The most blocks the pool may come to hold as its limits stand.
+  size_t capacity_blocks();
+  // Has the broker set aside what `blocks` need and mapped pages do not have,
+  // for a second. False where it cannot within `timeout`. Waits.
+  bool Reserve(size_t blocks, absl::Duration timeout);
+
+  void StepBegin();
+  void StepEnd(StepId scheduled);
+  void StepDone(StepId completed);
+
+  // Used blocks whose requests shall be preempted. Costs nothing when none.
+  size_t BlocksToVacate(absl::Span<BlockId> out);
+  PageCount pages_to_vacate();
+
+  PoolUsage usage();
+  // OK while the broker is there; growth waits otherwise.
+  absl::Status health();
+  // REQUIRES the contiguous layout for `block_data`.
+  std::byte* block_data(BlockId block) const {
+    return mapper_->region(0) + block * options_.block_bytes.count();
+  }
+  Mapper& mapper() { return *mapper_; }
+  const PoolOptions& options() const { return options_; }
+
+  // ---- the worker's side ----
+
+  // The broker knows the pool by this from now on.
+  void OnOpened(PoolId id, Bytes max, Bytes capacity);
+  // All descriptors of the grant, in order. Maps, backs, acknowledges.
+  void OnGranted(const Granted& granted, std::vector<UniqueFd> descriptors);
+  void OnCredit(const Granted& granted);
+  void OnRefused(const Refused& refused);
+  void OnReclaim(const Reclaim& reclaim);
+  void OnLimits(Bytes max);
+  void OnDisconnected(const absl::Status& why);
+  // Does what is due; says when to call again at the latest.
+  absl::Time Work();
+  // Withdraws all questions and unmaps and returns all pages, in use or not.
+  // The pool is dead; Work goes on with pages that running work keeps.
+  void Close();
+  // Closed, and nothing is mapped any more.
+  bool left();
+
+  absl::Status CheckInvariants();
+
+ private:
+  struct Wish {
+    PageCount pages = 0;  // still missing; 0: none
+    size_t blocks = 0;    // what the last try asked for
+    absl::Time renewed_at = absl::InfinitePast();
+    absl::Time retry_at = absl::InfinitePast();
+  };
+  // An Acquire under way.
+  struct Question {
+    Sequence sequence;
+    Urgency urgency = Urgency::kWaiting;
+    bool credit = false;
+    PageCount at_least = 0;
+    std::vector<PageIndex> pages;
+    bool cancelled = false;
+  };
+
+  Pool(PoolOptions options, BlockTable table, std::unique_ptr<Mapper> mapper,
+       PoolSession& session, Clock& clock);
+
+  Wish& wish(Urgency urgency) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
+    return wishes_[urgency == Urgency::kRunning];
+  }
+  Question* QuestionOf(Urgency urgency) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // After any change of the table: wakes the worker where it has to act.
+  void Changed() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  PageCount held_pages() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  PageCount idle_pages() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
+    return static_cast<PageCount>(table_.pages(PageTier::kIdle));
+  }
+  // Idle pages that came for a wish and must not be taken before its next try.
+  PageCount guarded_pages(absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  PageCount MissingPages(size_t blocks) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Pages on their way, or set aside by the broker.
+  PageCount promised_pages(absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
+    return arriving_ + (now < credit_until_ ? credit_ : 0);
+  }
+  void Ask(Urgency urgency, PageCount want, PageCount at_least,
+           Sequence replaces) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+
+  // Each does one of Work's duties and says when it is due next.
+  absl::Time ObeyOrder(absl::Time now) ABSL_LOCKS_EXCLUDED(mu_);
+  absl::Time Decay(absl::Time now) ABSL_LOCKS_EXCLUDED(mu_);
+  absl::Time PursueWishes(absl::Time now) ABSL_LOCKS_EXCLUDED(mu_);
+  absl::Time MapAhead(absl::Time now) ABSL_LOCKS_EXCLUDED(mu_);
+  absl::Time SendReport(absl::Time now) ABSL_LOCKS_EXCLUDED(mu_);
+  absl::Time Leave(absl::Time now) ABSL_LOCKS_EXCLUDED(mu_);
+  // Unmaps RETURNING pages; what could be unmapped is gone from the table.
+  std::vector<PageName> GiveUp(absl::Span<const PageIndex> pages)
+      ABSL_LOCKS_EXCLUDED(mu_);
+
+  const PoolOptions options_;
+  const std::unique_ptr<Mapper> mapper_;
+  PoolSession& session_;
+  Clock& clock_;
+  const size_t blocks_per_page_;
+
+  Mutex mu_;
+  CondVar memory_came_;
+  PoolId id_ ABSL_GUARDED_BY(mu_);
+  BlockTable table_ ABSL_GUARDED_BY(mu_);
+  bool connected_ ABSL_GUARDED_BY(mu_) = false;
+  bool closed_ ABSL_GUARDED_BY(mu_) = false;
+  absl::Status why_not_ ABSL_GUARDED_BY(mu_);
+  Bytes max_ ABSL_GUARDED_BY(mu_), capacity_ ABSL_GUARDED_BY(mu_);
+  StepId scheduled_ ABSL_GUARDED_BY(mu_) = 0;
+  bool in_step_ ABSL_GUARDED_BY(mu_) = false;
+  // The worker has work to do when the step ends, or one is done.
+  bool put_off_ ABSL_GUARDED_BY(mu_) = false;
+  std::vector<PageIndex> leaving_ ABSL_GUARDED_BY(mu_);  // once closed
+
+  Wish wishes_[2] ABSL_GUARDED_BY(mu_);
+  int missing_ ABSL_GUARDED_BY(mu_) = 0;  // threads that wait in Alloc
+  std::vector<Question> questions_ ABSL_GUARDED_BY(mu_);
+  PageCount arriving_ ABSL_GUARDED_BY(mu_) = 0;  // granted, being mapped
+  PageCount credit_ ABSL_GUARDED_BY(mu_) = 0;
+  absl::Time credit_until_ ABSL_GUARDED_BY(mu_) = absl::InfinitePast();
+  PageCount guarded_ ABSL_GUARDED_BY(mu_) = 0;
+  absl::Time guarded_until_ ABSL_GUARDED_BY(mu_) = absl::InfinitePast();
+
+  // Map ahead: whether the engine took blocks since the last time, whether the
+  // worker has been told, the batch, and the pause after a refusal.
+  bool took_blocks_ ABSL_GUARDED_BY(mu_) = false;
+  bool ahead_told_ ABSL_GUARDED_BY(mu_) = false;
+  PageCount ahead_batch_ ABSL_GUARDED_BY(mu_) = 1;
+  absl::Time ahead_after_ ABSL_GUARDED_BY(mu_) = absl::InfinitePast();
+
+  std::optional<Reclaim> order_ ABSL_GUARDED_BY(mu_);  // in force
+  Revision last_order_ ABSL_GUARDED_BY(mu_);
+  bool order_answered_ ABSL_GUARDED_BY(mu_) = false;   // once at least
+
+  Report reported_ ABSL_GUARDED_BY(mu_);
+  PageCount reported_guarded_ ABSL_GUARDED_BY(mu_) = 0;  // as in use
+  absl::Time reported_at_ ABSL_GUARDED_BY(mu_) = absl::InfinitePast();
+  bool dirty_ ABSL_GUARDED_BY(mu_) = false;
+};
+
+}  // namespace kvbroker::client
+
+#endif  // KVBROKER_CLIENT_SESSION_POOL_H_

@@ -1,0 +1,372 @@
+#include "client/session/session.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "broker/base/status_macros.h"
+
+namespace kvbroker::client {
+namespace {
+
+// An answer or its descriptors that miss for so long are asked for again.
+constexpr absl::Duration kResendAfter = absl::Seconds(1);
+constexpr size_t kRememberDelivered = 256;
+constexpr absl::Duration kLeaveWithin = absl::Seconds(1);
+constexpr int kFencedExitStatus = 86;
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Session>> Session::Create(
+    SessionOptions options, const MapperFactory& make_mapper, Clock& clock) {
+  std::unique_ptr<Session> session(new Session(std::move(options), clock));
+  for (const PoolOptions& pool : session->options_.pools) {
+    ASSIGN_OR_RETURN(std::unique_ptr<Mapper> mapper,
+                     make_mapper(pool.geometry));
+    ASSIGN_OR_RETURN(
+        std::unique_ptr<Pool> created,
+        Pool::Create(pool, std::move(mapper), *session, clock));
+    session->pools_.push_back(std::move(created));
+  }
+  return session;
+}
+
+Session::Session(SessionOptions options, Clock& clock)
+    : options_(std::move(options)), clock_(clock) {}
+
+Session::~Session() { Close(); }
+
+void Session::Attach(std::unique_ptr<BrokerLink> link, const Nonce& nonce) {
+  link_ = std::move(link);
+  kvbroker::Open open;
+  open.nonce = nonce;
+  open.instance = options_.instance;
+  open.member = options_.member;
+  open.labels = options_.labels;
+  open.declared_peak = options_.declared_peak;
+  open.min = options_.min;
+  open.max = options_.max;
+  open.max_fraction = options_.max_fraction;
+  open.weight = options_.weight;
+  for (const PoolOptions& pool : options_.pools) {
+    open.pools.push_back(pool.geometry);
+  }
+  link_->Send(std::move(open));
+}
+
+void Session::Start() {
+  worker_ = std::thread([this] { WorkerLoop(); });
+}
+
+absl::Status Session::WaitUntilOpen() {
+  const absl::Time give_up = absl::Now() + options_.open_timeout;
+  MutexLock lock(&mu_);
+  while (!opened_ && health_.ok()) {
+    if (changed_.WaitWithDeadline(&mu_, give_up) && !opened_ && health_.ok()) {
+      return absl::DeadlineExceededError(absl::StrCat(
+          "the broker did not open the session within ",
+          absl::FormatDuration(options_.open_timeout)));
+    }
+  }
+  return health_;
+}
+
+void Session::BeginClose() {
+  MutexLock lock(&mu_);
+  closing_ = true;
+  woken_ = true;
+  changed_.SignalAll();
+}
+
+bool Session::Left() {
+  return pools_left_ && unanswered_.empty() && events_.empty();
+}
+
+bool Session::left() {
+  MutexLock lock(&mu_);
+  return Left();
+}
+
+void Session::Close() {
+  BeginClose();
+  {
+    MutexLock lock(&mu_);
+    if (std::exchange(closed_, true)) return;
+  }
+  if (worker_.joinable()) {
+    {
+      MutexLock lock(&mu_);
+      const absl::Time give_up = absl::Now() + kLeaveWithin;
+      while (!Left() || working_) {
+        if (changed_.WaitWithDeadline(&mu_, give_up)) break;
+      }
+      stop_ = true;
+      changed_.SignalAll();
+    }
+    worker_.join();
+  } else {
+    RunOnce();
+  }
+  link_.reset();
+}
+
+Opened Session::opened() {
+  MutexLock lock(&mu_);
+  return opened_.value_or(Opened{});
+}
+
+absl::Status Session::health() {
+  MutexLock lock(&mu_);
+  if (!health_.ok()) return health_;
+  if (!opened_) return absl::UnavailableError("the session is not open yet");
+  return absl::OkStatus();
+}
+
+Sequence Session::NextSequence() {
+  MutexLock lock(&mu_);
+  Sequence sequence(++last_sequence_);
+  unanswered_.insert(sequence);
+  return sequence;
+}
+
+void Session::Send(ClientMessage message) {
+  if (auto* acquire = std::get_if<Acquire>(&message)) {
+    MutexLock lock(&mu_);
+    const Sequence waiting = unanswered_.empty()
+                                 ? acquire->sequence
+                                 : std::min(*unanswered_.begin(),
+                                            acquire->sequence);
+    acquire->acked = Sequence(waiting.value() - 1);
+  }
+  if (link_ != nullptr) link_->Send(std::move(message));
+}
+
+void Session::Wake() {
+  if (woken_.exchange(true)) return;
+  MutexLock lock(&mu_);
+  changed_.SignalAll();
+}
+
+void Session::Queue(Event event) {
+  MutexLock lock(&mu_);
+  events_.push_back(std::move(event));
+  woken_ = true;
+  changed_.SignalAll();
+}
+
+void Session::OnMessage(BrokerMessage message) { Queue(std::move(message)); }
+
+void Session::OnDescriptors(GrantId grant, uint32_t first_handle,
+                            std::vector<UniqueFd> descriptors) {
+  Queue(Descriptors{grant, first_handle, std::move(descriptors)});
+}
+
+void Session::OnDisconnected(absl::Status why) {
+  Queue(Disconnected{std::move(why)});
+}
+
+void Session::WorkerLoop() {
+  while (true) {
+    {
+      MutexLock lock(&mu_);
+      working_ = true;
+    }
+    absl::Time due = RunOnce();
+    MutexLock lock(&mu_);
+    working_ = false;
+    if (closing_) changed_.SignalAll();
+    while (!stop_ && !woken_.load()) {
+      const absl::Time now = clock_.Now();
+      if (now >= due) break;
+      // CondVar's deadlines are wall time, the session's clock is steady.
+      changed_.WaitWithDeadline(&mu_, due == absl::InfiniteFuture()
+                                          ? due
+                                          : absl::Now() + (due - now));
+    }
+    if (stop_) return;
+  }
+}
+
+absl::Time Session::RunOnce() {
+  woken_ = false;
+  while (true) {
+    std::deque<Event> events;
+    {
+      MutexLock lock(&mu_);
+      events.swap(events_);
+    }
+    if (events.empty()) break;
+    for (Event& event : events) {
+      std::visit([&](auto& kind) { Process(std::move(kind)); }, event);
+    }
+  }
+  absl::Time due = AskForMissing();
+  bool leave;
+  {
+    MutexLock lock(&mu_);
+    leave = closing_;
+  }
+  bool left = leave;
+  for (auto& pool : pools_) {
+    if (leave) pool->Close();
+    due = std::min(due, pool->Work());
+    left = left && pool->left();
+  }
+  MutexLock lock(&mu_);
+  pools_left_ = left;
+  return due;
+}
+
+Pool* Session::FindPool(PoolId id) {
+  auto it = pool_by_id_.find(id);
+  return it == pool_by_id_.end() ? nullptr : it->second;
+}
+
+void Session::Process(BrokerMessage message) {
+  if (auto* opened = std::get_if<Opened>(&message)) {
+    for (size_t i = 0; i < pools_.size() && i < opened->pools.size(); ++i) {
+      pool_by_id_[opened->pools[i]] = pools_[i].get();
+      pools_[i]->OnOpened(opened->pools[i], opened->max, opened->capacity);
+    }
+    limit_revision_ = opened->limit_revision;
+    MutexLock lock(&mu_);
+    opened_ = std::move(*opened);
+    changed_.SignalAll();
+  } else if (auto* granted = std::get_if<Granted>(&message)) {
+    Pool* pool = FindPool(granted->pool);
+    if (pool == nullptr || granted->credit > 0) {
+      Answered(granted->sequence);
+      if (pool != nullptr) pool->OnCredit(*granted);
+      return;
+    }
+    const GrantId grant = granted->grant;
+    if (std::find(delivered_.begin(), delivered_.end(), grant) !=
+        delivered_.end()) {
+      return;  // sent again
+    }
+    IncomingOf(grant).granted = std::move(*granted);
+    DeliverIfComplete(grant);
+  } else if (auto* refused = std::get_if<Refused>(&message)) {
+    Answered(refused->sequence);
+    for (auto& pool : pools_) pool->OnRefused(*refused);
+  } else if (auto* reclaim = std::get_if<Reclaim>(&message)) {
+    if (Pool* pool = FindPool(reclaim->pool)) pool->OnReclaim(*reclaim);
+  } else if (auto* limits = std::get_if<LimitChanged>(&message)) {
+    if (limits->revision > limit_revision_) {
+      limit_revision_ = limits->revision;
+      {
+        MutexLock lock(&mu_);
+        if (opened_) {
+          opened_->min = limits->min;
+          opened_->max = limits->max;
+          opened_->limit_revision = limits->revision;
+        }
+      }
+      for (auto& pool : pools_) pool->OnLimits(limits->max);
+    }
+    Send(LimitAck{limits->revision});
+  } else if (auto* fenced = std::get_if<Fenced>(&message)) {
+    if (options_.on_fenced) {
+      options_.on_fenced(fenced->reason);
+      return;
+    }
+    std::fprintf(stderr, "kvbroker: the broker ended this process: %s\n",
+                 fenced->reason.c_str());
+    _exit(kFencedExitStatus);
+  }
+}
+
+void Session::Process(Descriptors descriptors) {
+  link_->AcknowledgeDescriptors(
+      descriptors.grant, static_cast<uint32_t>(descriptors.descriptors.size()));
+  if (std::find(delivered_.begin(), delivered_.end(), descriptors.grant) !=
+      delivered_.end()) {
+    return;
+  }
+  Incoming& incoming = IncomingOf(descriptors.grant);
+  const size_t end =
+      descriptors.first_handle + descriptors.descriptors.size();
+  if (incoming.descriptors.size() < end) incoming.descriptors.resize(end);
+  for (size_t i = 0; i < descriptors.descriptors.size(); ++i) {
+    UniqueFd& slot = incoming.descriptors[descriptors.first_handle + i];
+    if (!slot) ++incoming.received;
+    slot = std::move(descriptors.descriptors[i]);
+  }
+  DeliverIfComplete(descriptors.grant);
+}
+
+Session::Incoming& Session::IncomingOf(GrantId grant) {
+  auto [it, first] = incoming_.try_emplace(grant);
+  if (first) {
+    it->second.since = clock_.Now();
+    MutexLock lock(&mu_);
+    it->second.asked_by = Sequence(last_sequence_);
+  }
+  return it->second;
+}
+
+void Session::DeliverIfComplete(GrantId grant) {
+  auto it = incoming_.find(grant);
+  Incoming& incoming = it->second;
+  if (!incoming.granted) return;
+  Pool* pool = FindPool(incoming.granted->pool);
+  const size_t handles = incoming.granted->pages.size() *
+                         pool->options().geometry.handles_per_page;
+  if (incoming.received < handles) return;
+  Incoming complete = std::move(incoming);
+  incoming_.erase(it);
+  delivered_.push_back(grant);
+  if (delivered_.size() > kRememberDelivered) delivered_.pop_front();
+  Answered(complete.granted->sequence);
+  pool->OnGranted(*complete.granted, std::move(complete.descriptors));
+}
+
+absl::Time Session::AskForMissing() {
+  const absl::Time now = clock_.Now();
+  absl::Time due = absl::InfiniteFuture();
+  for (auto it = incoming_.begin(); it != incoming_.end();) {
+    Incoming& incoming = it->second;
+    if (now >= incoming.since + kResendAfter) {
+      // Descriptors do not say what question they belong to.
+      const std::vector<Sequence> missing =
+          incoming.granted ? std::vector{incoming.granted->sequence}
+                           : Unanswered(incoming.asked_by);
+      if (missing.empty()) {
+        it = incoming_.erase(it);  // to none
+        continue;
+      }
+      for (Sequence sequence : missing) Send(Resend{sequence});
+      incoming.since = now;
+    }
+    due = std::min(due, incoming.since + kResendAfter);
+    ++it;
+  }
+  return due;
+}
+
+void Session::Answered(Sequence sequence) {
+  MutexLock lock(&mu_);
+  unanswered_.erase(sequence);
+}
+
+std::vector<Sequence> Session::Unanswered(Sequence last) {
+  MutexLock lock(&mu_);
+  return {unanswered_.begin(), unanswered_.upper_bound(last)};
+}
+
+void Session::Process(const Disconnected& disconnected) {
+  incoming_.clear();
+  absl::Status why = disconnected.why.ok()
+                         ? absl::UnavailableError("the broker is gone")
+                         : disconnected.why;
+  for (auto& pool : pools_) pool->OnDisconnected(why);
+  MutexLock lock(&mu_);
+  health_ = why;
+  unanswered_.clear();
+  changed_.SignalAll();
+}
+
+}  // namespace kvbroker::client

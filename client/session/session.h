@@ -1,0 +1,174 @@
+// Session: one process's conversation with one broker.
+//
+//   SessionOptions options;
+//   options.instance = "llama";
+//   options.pools.push_back({.geometry = ..., .block_bytes = ...});
+//   ASSIGN_OR_RETURN(auto session, Session::Open(address, std::move(options)));
+//   Pool& pool = session->pool(0);
+//
+// A worker thread of its own does everything that takes a while: it maps what
+// is granted, answers reclaims, and reports; see Pool. When the broker goes away
+// the engine runs on with what is mapped; `health` says so.
+//
+// Threads: safe. Destroy it before the process ends, with the engine's threads
+// out of its pools: it unmaps and returns everything.
+#ifndef KVBROKER_CLIENT_SESSION_SESSION_H_
+#define KVBROKER_CLIENT_SESSION_SESSION_H_
+
+#include <atomic>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <optional>
+#include <set>
+#include <string>
+#include <thread>
+#include <variant>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "broker/base/clock.h"
+#include "broker/base/mutex.h"
+#include "client/session/broker_link.h"
+#include "client/session/pool.h"
+#include "proto/messages.h"
+
+namespace kvbroker::client {
+
+struct SessionOptions {
+  std::string instance;
+  std::string member;
+  std::map<std::string, std::string> labels;
+  Bytes declared_peak;
+  // In force unless an operator has set others.
+  std::optional<Bytes> min;
+  std::optional<Bytes> max;
+  std::optional<double> max_fraction;
+  std::optional<double> weight;
+  std::vector<PoolOptions> pools;
+  absl::Duration open_timeout = absl::Seconds(10);
+  // The operator ended this session. By default: says so on stderr and ends the
+  // process with status 86.
+  std::function<void(const std::string& reason)> on_fenced;
+};
+
+class Session : public PoolSession, public LinkListener {
+ public:
+  using MapperFactory =
+      std::function<absl::StatusOr<std::unique_ptr<Mapper>>(
+          const PoolGeometry&)>;
+
+  // A session without a link or a thread: for tests, which Attach one and call
+  // RunOnce themselves, and for what makes the real ones (open_session.h).
+  static absl::StatusOr<std::unique_ptr<Session>> Create(
+      SessionOptions options, const MapperFactory& make_mapper, Clock& clock);
+  ~Session() override;
+
+  // Says Open over `link`. Once.
+  void Attach(std::unique_ptr<BrokerLink> link, const Nonce& nonce);
+  // Starts the worker thread.
+  void Start();
+  // OK once the broker has said Opened; its refusal, or DEADLINE_EXCEEDED.
+  absl::Status WaitUntilOpen();
+  // Does what is due, as the worker does; says when to call again.
+  absl::Time RunOnce();
+  // Unmaps and returns everything, waits up to a second for running work that
+  // keeps pages and for what the broker was asked and has not answered, and
+  // leaves. The pools are dead. Idempotent.
+  void Close();
+  // Its first half, for those without a thread: RunOnce until `left`, then Close.
+  void BeginClose();
+  bool left();
+
+  Pool& pool(size_t i) { return *pools_[i]; }
+  size_t pool_count() const { return pools_.size(); }
+  // What the broker said at the open, the name in force among it; the limits are
+  // those of now.
+  Opened opened();
+  // OK while the session is open, else why it is not.
+  absl::Status health();
+
+  // ---- PoolSession ----
+  Sequence NextSequence() override;
+  void Send(ClientMessage message) override;
+  void Wake() override;
+
+  // ---- LinkListener ----
+  void OnMessage(BrokerMessage message) override;
+  void OnDescriptors(GrantId grant, uint32_t first_handle,
+                     std::vector<UniqueFd> descriptors) override;
+  void OnDisconnected(absl::Status why) override;
+
+ private:
+  struct Descriptors {
+    GrantId grant;
+    uint32_t first_handle = 0;
+    std::vector<UniqueFd> descriptors;
+  };
+  struct Disconnected {
+    absl::Status why;
+  };
+  using Event = std::variant<BrokerMessage, Descriptors, Disconnected>;
+
+  // A grant whose message and descriptors have not all come.
+  struct Incoming {
+    std::optional<Granted> granted;
+    std::vector<UniqueFd> descriptors;
+    size_t received = 0;
+    absl::Time since;
+    Sequence asked_by;  // the last one when its first part came
+  };
+
+  Session(SessionOptions options, Clock& clock);
+
+  void Queue(Event event);
+  bool Left() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void WorkerLoop();
+  // ---- on the worker ----
+  void Process(BrokerMessage message);
+  void Process(Descriptors descriptors);
+  void Process(const Disconnected& disconnected);
+  Incoming& IncomingOf(GrantId grant);
+  void DeliverIfComplete(GrantId grant);
+  absl::Time AskForMissing();
+  // The answer has arrived, with all that belongs to it.
+  void Answered(Sequence sequence);
+  // Of the questions up to `last`.
+  std::vector<Sequence> Unanswered(Sequence last);
+  Pool* FindPool(PoolId id);
+
+  const SessionOptions options_;
+  Clock& clock_;
+  std::vector<std::unique_ptr<Pool>> pools_;
+  std::unique_ptr<BrokerLink> link_;
+  std::thread worker_;
+
+  // The worker's own.
+  std::map<PoolId, Pool*> pool_by_id_;
+  std::map<GrantId, Incoming> incoming_;
+  std::deque<GrantId> delivered_;  // lately: what comes again is dropped
+  uint64_t limit_revision_ = 0;
+
+  std::atomic<bool> woken_ = false;
+  Mutex mu_;
+  CondVar changed_;
+  std::deque<Event> events_ ABSL_GUARDED_BY(mu_);
+  bool stop_ ABSL_GUARDED_BY(mu_) = false;
+  bool closing_ ABSL_GUARDED_BY(mu_) = false;
+  bool pools_left_ ABSL_GUARDED_BY(mu_) = false;
+  bool closed_ ABSL_GUARDED_BY(mu_) = false;
+  bool working_ ABSL_GUARDED_BY(mu_) = false;  // the worker is in RunOnce
+  std::optional<Opened> opened_ ABSL_GUARDED_BY(mu_);
+  absl::Status health_ ABSL_GUARDED_BY(mu_);
+  uint64_t last_sequence_ ABSL_GUARDED_BY(mu_) = 0;
+  std::set<Sequence> unanswered_ ABSL_GUARDED_BY(mu_);
+};
+
+}  // namespace kvbroker::client
+
+#endif  // KVBROKER_CLIENT_SESSION_SESSION_H_
