@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "absl/strings/escaping.h"
+#include "broker/base/temp_folder.h"
 #include "broker/server/test_session.h"
 
 namespace kvbroker {
@@ -88,23 +89,16 @@ class TestPeer {
 class CompositionTest : public testing::Test {
  protected:
   CompositionTest() {
-    // Not the test's own folder: other users must reach the sockets.
-    std::string name = "/tmp/broker_XXXXXX";
-    folder_ = mkdtemp(name.data());
-    chmod(folder_.c_str(), 0755);
     config_.backend = "host";
     config_.device_uuid = "HOST-test";
     config_.capacity.bytes = MiB(64);
-    config_.socket_dir = folder_ + "/sockets";
-    config_.lock_dir = folder_ + "/locks";
-    config_.log_file = folder_ + "/log";
+    config_.socket_dir = folder_ / "sockets";
+    config_.lock_dir = folder_ / "locks";
+    config_.log_file = folder_ / "log";
     config_.log_level = "debug";
   }
 
-  ~CompositionTest() override {
-    broker_.reset();
-    std::filesystem::remove_all(folder_);
-  }
+  ~CompositionTest() override { broker_.reset(); }
 
   void Start() { Start(BrokerOptions()); }
   void Start(BrokerOptions options) {
@@ -137,7 +131,7 @@ class CompositionTest : public testing::Test {
     return text;
   }
 
-  std::string folder_;
+  TempFolder folder_;
   BrokerConfig config_;
   std::unique_ptr<RunningBroker> broker_;
 };

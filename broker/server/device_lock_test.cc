@@ -8,29 +8,23 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include <filesystem>
 #include <optional>
 #include <string>
+
+#include "broker/base/temp_folder.h"
 
 namespace kvbroker {
 namespace {
 
 class DeviceLockTest : public testing::Test {
  protected:
-  DeviceLockTest() {
-    std::string name = testing::TempDir() + "/lock_XXXXXX";
-    folder_ = mkdtemp(name.data());
-    chmod(folder_.c_str(), 0755);
-  }
-  ~DeviceLockTest() override { std::filesystem::remove_all(folder_); }
-
-  std::string Path(const std::string& name) { return folder_ + "/" + name; }
+  std::string Path(const std::string& name) { return folder_ / name; }
 
   absl::StatusOr<DeviceLock> Lock(const std::string& directory) {
     return DeviceLock::Acquire({directory}, "GPU-1", "/run/kv/GPU-1.sock");
   }
 
-  std::string folder_;
+  TempFolder folder_;
 };
 
 TEST_F(DeviceLockTest, TheDirectoryIsOpenToAll) {

@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "broker/base/clock.h"
+#include "broker/base/temp_folder.h"
 #include "broker/transport/descriptor_client.h"
 
 namespace kvbroker {
@@ -47,17 +48,10 @@ class AcceptLoopTest : public testing::Test {
     bool use_pidfd_open = true;
   };
 
-  AcceptLoopTest() {
-    std::string name = "/tmp/accept_XXXXXX";
-    folder_ = mkdtemp(name.data());
-    chmod(folder_.c_str(), 0755);
-  }
-
   ~AcceptLoopTest() override {
     loop_->Stop();
     accept_.reset();
     loop_.reset();
-    std::filesystem::remove_all(folder_);
   }
 
   void Start() { Start(Choice()); }
@@ -105,8 +99,8 @@ class AcceptLoopTest : public testing::Test {
     loop_->Start();
   }
 
-  std::string RpcPath() const { return folder_ + "/a.sock"; }
-  std::string DescriptorPath() const { return folder_ + "/a.fd.sock"; }
+  std::string RpcPath() const { return folder_ / "a.sock"; }
+  std::string DescriptorPath() const { return folder_ / "a.fd.sock"; }
 
   // Who is behind the connection that was served as the n-th.
   std::shared_ptr<const PeerIdentity> Served(size_t n) {
@@ -161,16 +155,18 @@ class AcceptLoopTest : public testing::Test {
     joined->connection = *met;
     // Weak: a connection that the test leaves open is not ended.
     std::weak_ptr<Joined> weak = joined;
-    absl::Status status = joined->connection->Join(
-        {.received =
-             [weak](uint32_t count) {
-               if (auto joined = weak.lock()) joined->received += count;
-               return absl::OkStatus();
-             },
-         .ended =
-             [weak] {
-               if (auto joined = weak.lock()) joined->ended.set_value();
-             }});
+    absl::Status status =
+        joined->connection->Join({.received =
+                                      [weak](uint32_t count) {
+                                        if (auto joined = weak.lock())
+                                          joined->received += count;
+                                        return absl::OkStatus();
+                                      },
+                                  .ended =
+                                      [weak] {
+                                        if (auto joined = weak.lock())
+                                          joined->ended.set_value();
+                                      }});
     EXPECT_TRUE(status.ok()) << status;
     return joined;
   }
@@ -184,7 +180,7 @@ class AcceptLoopTest : public testing::Test {
     return descriptors;
   }
 
-  std::string folder_;
+  TempFolder folder_;
   std::unique_ptr<Rendezvous> rendezvous_;
   std::unique_ptr<ConnectionTable> connections_;
   std::unique_ptr<EventLoop> loop_;
@@ -442,7 +438,7 @@ TEST_F(AcceptLoopTest, ADeadAcceptLoopLeavesNoSockets) {
   Start();
   loop_->Stop();
   accept_.reset();
-  EXPECT_TRUE(std::filesystem::is_empty(folder_));
+  EXPECT_TRUE(std::filesystem::is_empty(folder_.path()));
 }
 
 }  // namespace

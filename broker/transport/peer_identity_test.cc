@@ -18,6 +18,8 @@
 #include <memory>
 #include <string>
 
+#include "broker/base/temp_folder.h"
+
 namespace kvbroker {
 namespace {
 
@@ -32,9 +34,8 @@ class Child {
   // is a grandchild that connects.
   explicit Child(std::function<void()> before = nullptr,
                  bool new_pid_namespace = false) {
-    std::string path = testing::TempDir() + "/peer_" +
-                       std::to_string(getpid()) + "_" +
-                       std::to_string(++count_);
+    const TempFolder folder;
+    const std::string path = folder / "peer.sock";
     sockaddr_un address = {};
     address.sun_family = AF_UNIX;
     path.copy(address.sun_path, sizeof(address.sun_path) - 1);
@@ -83,7 +84,6 @@ class Child {
     pollfd waiting = {.fd = listener.get(), .events = POLLIN, .revents = 0};
     poll(&waiting, 1, 10000);
     socket_ = UniqueFd(accept(listener.get(), nullptr, nullptr));
-    unlink(path.c_str());
   }
 
   ~Child() { End(); }
@@ -116,12 +116,9 @@ class Child {
   int socket_fd() const { return socket_.get(); }
 
  private:
-  static int count_;
   pid_t pid_ = -1;
   UniqueFd socket_;
 };
-int Child::count_ = 0;
-
 IdentifyOptions Without(bool peer_pidfd, bool pidfd_open) {
   IdentifyOptions options;
   options.use_peer_pidfd = !peer_pidfd;

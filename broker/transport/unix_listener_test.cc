@@ -8,22 +8,17 @@
 #include <sys/un.h>
 #include <unistd.h>
 
-#include <filesystem>
 #include <optional>
 #include <string>
+
+#include "broker/base/temp_folder.h"
 
 namespace kvbroker {
 namespace {
 
 class UnixListenerTest : public testing::Test {
  protected:
-  UnixListenerTest() {
-    std::string name = testing::TempDir() + "/listener_XXXXXX";
-    folder_ = mkdtemp(name.data());
-  }
-  ~UnixListenerTest() override { std::filesystem::remove_all(folder_); }
-
-  std::string Path(const std::string& name) { return folder_ + "/" + name; }
+  std::string Path(const std::string& name) { return folder_ / name; }
 
   static int Mode(const std::string& path) {
     struct stat info;
@@ -39,7 +34,7 @@ class UnixListenerTest : public testing::Test {
                    sizeof(address)) == 0;
   }
 
-  std::string folder_;
+  TempFolder folder_;
 };
 
 TEST_F(UnixListenerTest, ListensWithItsModeAndLeavesNothing) {

@@ -13,6 +13,7 @@
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "broker/base/temp_folder.h"
 #include "broker/base/unique_fd.h"
 #include "gtest/gtest.h"
 
@@ -25,14 +26,11 @@ namespace fs = std::filesystem;
 class FindBrokersTest : public testing::Test {
  protected:
   FindBrokersTest() {
-    std::string pattern = "/tmp/addressXXXXXX";
-    root_ = mkdtemp(pattern.data());
-    system_ = (root_ / "system").string();
-    user_ = (root_ / "user").string();
+    system_ = root_ / "system";
+    user_ = root_ / "user";
     options_.system_directory = system_;
     options_.user_directory = user_;
   }
-  ~FindBrokersTest() override { fs::remove_all(root_); }
 
   // Makes the gRPC socket of a device. The broker that listens there lives
   // until the test ends, or is dead from the start.
@@ -69,7 +67,7 @@ class FindBrokersTest : public testing::Test {
     EXPECT_TRUE(absl::StrContains(status.message(), part)) << status;
   }
 
-  fs::path root_;
+  TempFolder root_;
   std::string system_, user_;
   AddressOptions options_;
   std::vector<UniqueFd> listeners_;

@@ -3,12 +3,12 @@
 #include <grpcpp/grpcpp.h>
 #include <stdlib.h>
 
-#include <filesystem>
 #include <memory>
 #include <string>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "broker/base/temp_folder.h"
 #include "client/address/broker_address.h"
 #include "gtest/gtest.h"
 #include "proto/kvbroker/v1/admin.grpc.pb.h"
@@ -41,11 +41,8 @@ class AdminService : public v1::Admin::Service {
 class GrpcAdminClientTest : public testing::Test {
  protected:
   GrpcAdminClientTest() {
-    std::string pattern = "/tmp/kvctl XXXXXX";  // Not a plain URI.
-    directory_ = mkdtemp(pattern.data());
-    address_ = client::AddressFor(directory_, "GPU-1").value();
+    address_ = client::AddressFor(directory_.path(), "GPU-1").value();
   }
-  ~GrpcAdminClientTest() override { std::filesystem::remove_all(directory_); }
 
   void StartServer() {
     // The server's address is a URI as well.
@@ -62,7 +59,7 @@ class GrpcAdminClientTest : public testing::Test {
     return MakeGrpcAdminClient(address_, absl::InfiniteDuration());
   }
 
-  std::string directory_;
+  TempFolder directory_{"ctl "};  // With the space it is no plain URI.
   client::BrokerAddress address_;
   AdminService service_;
   std::unique_ptr<grpc::Server> server_;
