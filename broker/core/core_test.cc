@@ -813,6 +813,20 @@ TEST_F(CoreTest, MappedPagesThatFailComeBack) {
   EXPECT_THAT(world_.TakeLog("map-failed"), SizeIs(1));
 }
 
+TEST_F(CoreTest, PagesThatFailToMapLeaveTheLastReportAsItWas) {
+  FakeClient& a = StartWith(2, {.name = "a"});
+  a.Mark(2, FakeClient::Use::kIdle);
+  a.Report();
+  ASSERT_EQ(world_.Status("a").idle, MiB(2));
+  // A report says what is mapped; what never was is not in it.
+  a.manners().fails_to_map = 1;
+  a.manners().reports = false;
+  a.Ask({.at_least = 1});
+  Settle();
+  EXPECT_EQ(world_.Status("a").held, MiB(2));
+  EXPECT_EQ(world_.Status("a").idle, MiB(2));
+}
+
 TEST_F(CoreTest, PagesReturnedBeforeTheyAreSentAreSkipped) {
   FakeClient& a =
       Start({.name = "a", .handle = KiB(4), .handles_per_page = 256});

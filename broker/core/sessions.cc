@@ -487,10 +487,11 @@ absl::Status Core::TakeBack(SessionState& session, PoolId pool_id,
   ASSIGN_OR_RETURN(LedgerPool * pool, OwnPool(session, pool_id));
   PoolState& state = pools_.at(pool_id);
   std::vector<HandleRef> handles;
-  PageCount returned = 0;
+  PageCount returned = 0, reported = 0;
   for (PageName name : pages) {
     LedgerPage* page = ledger_.FindPage(*pool, name);
     if (page == nullptr) continue;  // an old generation: said before
+    if (page->state == PageState::kMapped) ++reported;
     if (page->state == PageState::kMaking) {
       return absl::FailedPreconditionError(absl::StrCat(
           "return: page ", name.index.value(), " has not been granted yet"));
@@ -509,11 +510,11 @@ absl::Status Core::TakeBack(SessionState& session, PoolId pool_id,
   }
   if (returned == 0) return absl::OkStatus();
   // Idle pages go first, then cached ones: what the last report said is that
-  // much less true.
-  const PageCount idle = std::min(state.report.idle, returned);
+  // much less true. Pages that were never mapped were in no report.
+  const PageCount idle = std::min(state.report.idle, reported);
   state.report.idle -= idle;
   state.report.settled = std::min(state.report.settled, state.report.idle);
-  state.report.cached -= std::min(state.report.cached, returned - idle);
+  state.report.cached -= std::min(state.report.cached, reported - idle);
   state.answered = true;
   session.ignoring = false;
   actions.log.push_back(absl::StrCat(

@@ -72,6 +72,7 @@ wait "$pid" || fail "idle exit: status $?"
 
 # systemd is told, by a path and by an abstract name.
 for name in "$DIR/notify" "@kvbrokerd_test.$$"; do
+  : >"$DIR/notified"
   python3 -c '
 import socket, sys
 name = sys.argv[1]
