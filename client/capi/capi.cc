@@ -354,7 +354,7 @@ kvb_pool* kvb_session_pool(kvb_session* session, size_t index) noexcept {
 
 // ---- blocks ----
 
-int kvb_pool_alloc(kvb_pool* pool, size_t count, kvb_urgency urgency,
+int kvb_pool_alloc(kvb_pool* pool, size_t count, int urgency,
                    int32_t* blocks) noexcept {
   return Unwrap(pool).Alloc(absl::MakeSpan(blocks, count),
                             urgency == KVB_RUNNING

@@ -166,7 +166,7 @@ static void test_wrong_options(const char* address) {
   pool.max_pages = 0;
   check_pool_refused(pool, "max_pages");
   pool = pool_options(NULL);
-  pool.layout = (kvb_layout)7;
+  pool.layout = 7;
   check_pool_refused(pool, "layout");
   pool = pool_options(NULL);
   pool.idle_decay_ms = -1;

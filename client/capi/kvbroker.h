@@ -89,7 +89,7 @@ typedef struct kvb_pool_options {
   size_t size;               /* sizeof(kvb_pool_options) */
   uint64_t handle_bytes;     /* one handle; a multiple of the device's page */
   uint32_t handles_per_page; /* 1 in the contiguous layout */
-  kvb_layout layout;
+  int32_t layout;            /* a kvb_layout; an int so that any value is read */
   uint32_t max_pages;         /* slots of the address range; cost nothing */
   uint64_t block_bytes;       /* of one block, all layers together */
   int reserve_null_block;     /* block 0 is backed and never handed out */
@@ -201,8 +201,9 @@ kvb_pool* kvb_session_pool(kvb_session* session, size_t index) KVB_NOEXCEPT;
 
 /* ---- blocks ---- */
 
-/* 1 and `count` ids in `blocks`, or 0 and nothing changed. */
-int kvb_pool_alloc(kvb_pool* pool, size_t count, kvb_urgency urgency,
+/* 1 and `count` ids in `blocks`, or 0 and nothing changed. `urgency`: a
+ * kvb_urgency. */
+int kvb_pool_alloc(kvb_pool* pool, size_t count, int urgency,
                    int32_t* blocks) KVB_NOEXCEPT;
 /* All or none: KVB_INVALID_ARGUMENT for one that is not in use. */
 kvb_code kvb_pool_free(kvb_pool* pool, const int32_t* blocks, size_t count,
