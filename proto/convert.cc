@@ -82,6 +82,10 @@ void Put(const Open& open, v1::ClientMessage* wire) {
   if (open.max_fraction) out->set_max_fraction(*open.max_fraction);
   if (open.weight) out->set_weight(*open.weight);
   out->mutable_labels()->insert(open.labels.begin(), open.labels.end());
+  if (open.resuming) {
+    out->mutable_resuming()->set_incarnation(open.resuming->incarnation);
+    out->mutable_resuming()->set_session_id(open.resuming->session.value());
+  }
 }
 
 void Put(const Acquire& acquire, v1::ClientMessage* wire) {
@@ -142,6 +146,13 @@ void Put(const Resend& resend, v1::ClientMessage* wire) {
 
 void Put(const LimitAck& ack, v1::ClientMessage* wire) {
   wire->mutable_limit_ack()->set_revision(ack.revision);
+}
+
+void Put(const Resume& resume, v1::ClientMessage* wire) {
+  v1::Resume* out = wire->mutable_resume();
+  out->set_pool_id(resume.pool.value());
+  ToWirePages(resume.pages, out->mutable_pages());
+  out->set_last(resume.last);
 }
 
 void Put(const Opened& opened, v1::BrokerMessage* wire) {
@@ -348,6 +359,13 @@ absl::StatusOr<ClientMessage> Take(const v1::Open& wire) {
         CheckSize("open.labels (value)", value.size(), kMaxLabelValueLength));
     open.labels.emplace(key, value);
   }
+  if (wire.has_resuming()) {
+    Resuming& resuming = open.resuming.emplace();
+    resuming.incarnation = wire.resuming().incarnation();
+    ASSIGN_OR_RETURN(resuming.session,
+                     FromWireId<SessionId>("open.resuming.session_id",
+                                           wire.resuming().session_id()));
+  }
   return open;
 }
 
@@ -443,6 +461,15 @@ absl::StatusOr<ClientMessage> Take(const v1::Resend& wire) {
   ASSIGN_OR_RETURN(resend.sequence,
                    FromWireId<Sequence>("resend.sequence", wire.sequence()));
   return resend;
+}
+
+absl::StatusOr<ClientMessage> Take(const v1::Resume& wire) {
+  Resume resume;
+  ASSIGN_OR_RETURN(resume.pool,
+                   FromWireId<PoolId>("resume.pool_id", wire.pool_id()));
+  ASSIGN_OR_RETURN(resume.pages, FromWirePages("resume.pages", wire.pages()));
+  resume.last = wire.last();
+  return resume;
 }
 
 absl::StatusOr<BrokerMessage> Take(const v1::Opened& wire) {
@@ -581,6 +608,8 @@ absl::StatusOr<ClientMessage> FromWire(const v1::ClientMessage& wire) {
       return Take(wire.resend());
     case v1::ClientMessage::kLimitAck:
       return LimitAck{.revision = wire.limit_ack().revision()};
+    case v1::ClientMessage::kResume:
+      return Take(wire.resume());
     case v1::ClientMessage::KIND_NOT_SET:
       break;
   }

@@ -37,6 +37,7 @@ Open SomeOpen() {
   open.max_fraction = 0.5;
   open.weight = 2.5;
   open.labels = {{"model", "llama"}};
+  open.resuming = {.incarnation = 77, .session = SessionId(5)};
   return open;
 }
 
@@ -66,7 +67,8 @@ std::vector<ClientMessage> EveryClientMessage() {
           ReclaimAnswer{PoolId(2), Revision(3), SomePages(), 4, "in use", true},
           Report{PoolId(2), 1, 2, 3, 2, absl::Milliseconds(120), Revision(3)},
           Resend{Sequence(7)},
-          LimitAck{9}};
+          LimitAck{9},
+          Resume{PoolId(2), SomePages(), true}};
 }
 
 std::vector<BrokerMessage> EveryBrokerMessage() {

@@ -21,6 +21,8 @@
 namespace kvbroker {
 
 inline constexpr uint32_t kProtocolVersion = 1;
+// Bits of Open.feature_bits and Opened.feature_bits.
+inline constexpr uint64_t kFeatureResume = 1;
 // A Reclaim with this target lifts the order in force.
 inline constexpr PageCount kHoldAny = 0xffffffff;
 
@@ -54,9 +56,15 @@ using Nonce = std::array<uint8_t, 16>;
 
 // ---- engine to broker ----
 
+// The session that a new one goes on from.
+struct Resuming {
+  uint64_t incarnation = 0;
+  SessionId session;
+};
+
 struct Open {
   uint32_t protocol_version = kProtocolVersion;
-  uint64_t feature_bits = 0;
+  uint64_t feature_bits = kFeatureResume;
   Nonce nonce{};
   std::string instance;
   std::string member;
@@ -69,6 +77,13 @@ struct Open {
   std::optional<double> max_fraction;
   std::optional<double> weight;
   std::map<std::string, std::string> labels;
+  std::optional<Resuming> resuming;
+};
+
+struct Resume {
+  PoolId pool;
+  std::vector<PageName> pages;
+  bool last = false;
 };
 
 struct Acquire {
@@ -125,8 +140,9 @@ struct LimitAck {
   uint64_t revision = 0;
 };
 
-using ClientMessage = std::variant<Open, Acquire, Cancel, Mapped, Return,
-                                   ReclaimAnswer, Report, Resend, LimitAck>;
+using ClientMessage =
+    std::variant<Open, Acquire, Cancel, Mapped, Return, ReclaimAnswer, Report,
+                 Resend, LimitAck, Resume>;
 
 // ---- broker to engine ----
 

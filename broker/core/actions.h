@@ -42,10 +42,11 @@ struct Actions {
   std::vector<SendHandles> send;
   std::vector<HandleRef> release;
   std::vector<std::string> log;
+  bool remember = false;  // CoreOptions.remember is to be called
 
   bool empty() const {
     return tell.empty() && close.empty() && make.empty() && send.empty() &&
-           release.empty() && log.empty();
+           release.empty() && log.empty() && !remember;
   }
 };
 

@@ -35,8 +35,11 @@ PolicySnapshot Core::TakeSnapshot() {
   const absl::Time now = Now();
   PolicySnapshot snapshot;
   snapshot.capacity = ledger_.capacity();
-  snapshot.free = ledger_.free() + ledger_.stock();
-  snapshot.coming = ledger_.releasing();
+  snapshot.free = ledger_.grantable();
+  // What is overdrawn has to come back first.
+  snapshot.coming = std::max(Bytes(0), ledger_.capacity() - ledger_.lent() -
+                                           ledger_.credit()) -
+                    snapshot.free;
   absl::flat_hash_map<PoolId, size_t> place;
   for (const auto& [key, instance] : ledger_.instances()) {
     InstanceView view;
@@ -71,7 +74,8 @@ PolicySnapshot Core::TakeSnapshot() {
                 ? pool_view.idle
                 : std::min(state.report.settled, pool_view.idle);
         pool_view.oldest_idle = state.report.oldest_idle + since_report;
-        pool_view.answers = session.connected && !session.ignoring;
+        pool_view.answers =
+            session.connected && !session.ignoring && !session.resumption;
         view.demand -= pool_view.page_bytes * pool_view.idle;
         place[pool_id] = snapshot.pools.size();
         snapshot.pools.push_back(pool_view);
@@ -94,10 +98,11 @@ bool Core::GrantAtOnce(const Claim& claim, Actions& actions) {
   const LedgerInstance& instance = ledger_.InstanceOf(pool);
   const InstanceState& state = instances_.at({instance.tenant, instance.name});
   if (Now() < state.held_off_until || instance.credit > Bytes(0)) return false;
+  if (HoldsForResume()) return false;
   Bytes room = std::min(instance.max, ledger_.capacity()) - instance.held;
   PageCount pages =
-      FromFree(ledger_.free() + ledger_.stock(), room,
-               pool.geometry.page_bytes(), claim.at_least, claim.want);
+      FromFree(ledger_.grantable(), room, pool.geometry.page_bytes(),
+               claim.at_least, claim.want);
   return pages > 0 && StartGrant(claim, pages, actions).has_value();
 }
 
@@ -303,6 +308,19 @@ void Core::Arbitrate(Actions& actions) {
   // Stock is kept for those who wait, and for nobody else.
   if (claims_.empty()) ReleaseStock(actions);
   if (claims_.empty() && !above_limit && ordered_.empty()) return;
+  if (HoldsForResume()) {
+    for (auto it = claims_.begin(); it != claims_.end();) {
+      it->reason = WhoIsToResume();
+      it->recheck_at = hold_until_;
+      if (it->urgency == Urgency::kSpeculative) {
+        Refuse(*it, absl::StatusCode::kUnavailable, it->reason, actions);
+        it = claims_.erase(it);
+      } else {
+        ++it;
+      }
+    }
+    return;
+  }
 
   PolicySnapshot snapshot = TakeSnapshot();
   absl::flat_hash_map<PoolId, size_t> place;
@@ -496,6 +514,7 @@ void Core::ExpireInstances(Actions& actions) {
       it = watched_.erase(it);
       ledger_.RemoveInstance(key);
       instances_.erase(key);
+      actions.remember = true;
     } else if (!empty && instance.credit == Bytes(0) &&
                instance.held <= instance.max) {
       state.above_limit_since = absl::InfiniteFuture();

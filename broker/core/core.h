@@ -42,6 +42,8 @@
 #include "broker/core/actions.h"
 #include "broker/core/claim.h"
 #include "broker/core/listener.h"
+#include "broker/core/peer.h"
+#include "broker/core/remembered.h"
 #include "broker/core/session_state.h"
 #include "broker/core/status.h"
 #include "broker/device/backend.h"
@@ -51,13 +53,6 @@
 #include "proto/messages.h"
 
 namespace kvbroker {
-
-// Whom a session belongs to, by the kernel's word.
-struct Peer {
-  std::string tenant;  // trust domain, such as "uid:1000/pidns:4026531836"
-  uint32_t uid = 0;
-  uint32_t pid = 0;  // as the broker sees it; 0 where it cannot
-};
 
 // INVALID_ARGUMENT unless it is 1 to 128 of the characters A-Z a-z 0-9 _ . -
 absl::Status CheckInstanceName(const std::string& name);
@@ -71,6 +66,13 @@ struct CoreOptions {
   uint64_t incarnation = 0;
   // Descriptors exported and not yet acknowledged, over all sessions.
   uint32_t descriptor_window = 4096;
+  // What an earlier broker left. Engines that were connected to it come back
+  // with what they hold; until all have, but not for longer than the grace,
+  // nothing is granted: what looks free may be theirs.
+  Remembered remembered;
+  absl::Duration resume_grace = absl::Seconds(5);
+  // Called (without the lock) when Remember says something new.
+  std::function<void()> remember;
   // Called (without the lock) when RunDue has to run earlier than it last said.
   std::function<void()> wake;
   // One line an event: "grant instance=a pages=3 ...". Without the lock.
@@ -104,6 +106,13 @@ class Core {
 
   // The session's process has exited: all it held is free. Implies HungUp.
   void ProcessGone(SessionId session);
+
+  // ---- restarts ----
+
+  // What the next broker has to know.
+  Remembered Remember();
+  // A process of CoreOptions.remembered has exited.
+  void ExpectedGone(const Peer& process);
 
   // ---- operators ----
 
@@ -148,6 +157,8 @@ class Core {
                   Actions& actions) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   absl::Status On(SessionState& session, const LimitAck& message,
                   Actions& actions) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  absl::Status On(SessionState& session, const Resume& message,
+                  Actions& actions) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Pages come back from the peer, whatever message says so.
   absl::Status TakeBack(SessionState& session, PoolId pool,
                         const std::vector<PageName>& pages, Actions& actions)
@@ -156,7 +167,8 @@ class Core {
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // `name`: the one in force for it.
   absl::Status CheckOpen(const Peer& peer, const Open& open,
-                         const std::string& name)
+                         const std::string& name,
+                         const std::optional<Resumption>& resumption)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   std::string NameInForce(const Peer& peer, const std::string& wished)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
@@ -168,6 +180,17 @@ class Core {
   void Fence(SessionState& session, std::string reason, Actions& actions)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void DropClaims(SessionId id) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void HangUp(SessionState& session, Actions& actions)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+
+  // ---- resume.cc: what outlives a connection, or a broker ----
+  void Restore(const Remembered& remembered, Actions& actions)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  absl::StatusOr<Resumption> CheckResuming(const Peer& peer, const Open& open)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // No grants: engines of the last broker are still to say what they hold.
+  bool HoldsForResume() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  std::string WhoIsToResume() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
   // ---- arbitration.cc: claims, orders, time ----
   PolicySnapshot TakeSnapshot() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
@@ -240,6 +263,12 @@ class Core {
   // A send failed for want of descriptors: pump again then.
   absl::Time pump_at_ ABSL_GUARDED_BY(mu_) = absl::InfiniteFuture();
   bool draining_ ABSL_GUARDED_BY(mu_) = false;
+  // Sessions of the last broker that have not resumed, and until when claims
+  // wait for them; until when a process without a record may resume.
+  std::vector<RememberedSession> expected_ ABSL_GUARDED_BY(mu_);
+  absl::Time hold_until_ ABSL_GUARDED_BY(mu_) = absl::InfinitePast();
+  bool hold_for_unknown_ ABSL_GUARDED_BY(mu_) = false;
+  absl::Time may_adopt_any_until_ ABSL_GUARDED_BY(mu_) = absl::InfinitePast();
   // What RunDue answered last: `wake` is called when something is due earlier.
   absl::Time promised_ ABSL_GUARDED_BY(mu_) = absl::InfiniteFuture();
 };

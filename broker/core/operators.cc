@@ -222,6 +222,7 @@ absl::StatusOr<InstanceStatus> Core::SetPolicy(const InstanceSelector& which,
     instance.weight = weight;
     instance.set_by_operator = true;
     watched_.insert({instance.tenant, instance.name});
+    actions.remember = true;
     AnnounceLimits(instance, actions);
     Arbitrate(actions);
     status = StatusOf(instance, TakeSnapshot());
@@ -239,6 +240,7 @@ absl::StatusOr<std::vector<uint32_t>> Core::Delete(
     absl::StatusOr<LedgerInstance*> found = Select(which);
     if (!found.ok()) return found.status();
     LedgerInstance& instance = **found;
+    actions.remember = true;
     if (instance.sessions.empty()) {
       Ledger::InstanceKey key(instance.tenant, instance.name);
       actions.log.push_back(absl::StrCat("delete instance=", instance.name));

@@ -13,6 +13,7 @@
 #include "absl/time/time.h"
 #include "broker/base/ids.h"
 #include "broker/core/listener.h"
+#include "broker/core/peer.h"
 #include "proto/messages.h"
 
 namespace kvbroker {
@@ -42,16 +43,29 @@ struct Answer {
   Granted granted;
 };
 
-//   CONNECTED --HungUp--> GONE QUIET --ProcessGone--> erased
-//       |                                              ^
-//       +---------------------ProcessGone--------------+
+// A session that was opened to resume, until the last Resume.
+struct Resumption {
+  // Sessions of the same process whose pages it takes over; of those that are
+  // no more only the number is left.
+  std::vector<SessionId> sources;
+  // Pages of an earlier broker may be listed.
+  bool may_adopt = false;
+  PageCount pages = 0;
+  Bytes adopted;
+};
+
+//   RESUMING --last Resume--> CONNECTED --HungUp--> GONE QUIET --> erased
+//                                |  when its process is gone, or goes on in
+//                                |  another session           ^
+//                                +---------ProcessGone--------+
 struct SessionState {
   SessionId id;
-  uint32_t uid = 0;
+  Peer peer;
   std::string member;
   uint32_t rank = 0;
   std::shared_ptr<SessionListener> listener;
   bool connected = true;
+  std::optional<Resumption> resumption;
   // Told to end; gets nothing more.
   bool fenced = false;
   // Was told Opened; nothing else may come before it.

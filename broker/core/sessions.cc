@@ -3,6 +3,7 @@
 #include <cmath>
 #include <iterator>
 
+#include "absl/algorithm/container.h"
 #include "absl/container/flat_hash_set.h"
 #include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
@@ -97,8 +98,16 @@ absl::StatusOr<std::unique_ptr<Core>> Core::Create(CoreOptions options) {
                    FormatBytes(options.capacity));
   }
   if (!options.wake) options.wake = [] {};
+  if (!options.remember) options.remember = [] {};
   if (!options.log) options.log = [](std::string_view) {};
-  return std::unique_ptr<Core>(new Core(std::move(options)));
+  std::unique_ptr<Core> core(new Core(std::move(options)));
+  Actions actions;
+  {
+    MutexLock lock(&core->mu_);
+    core->Restore(core->options_.remembered, actions);
+  }
+  core->Run(std::move(actions));
+  return core;
 }
 
 Core::Core(CoreOptions options)
@@ -109,7 +118,8 @@ Core::Core(CoreOptions options)
 Core::~Core() = default;
 
 absl::Status Core::CheckOpen(const Peer& peer, const Open& open,
-                             const std::string& name) {
+                             const std::string& name,
+                             const std::optional<Resumption>& resumption) {
   if (open.protocol_version != kProtocolVersion) {
     return absl::FailedPreconditionError(
         absl::StrCat("protocol_version: this broker speaks ", kProtocolVersion,
@@ -167,7 +177,9 @@ absl::Status Core::CheckOpen(const Peer& peer, const Open& open,
   if (instance != nullptr && !open.member.empty()) {
     for (SessionId id : instance->sessions) {
       const SessionState& other = sessions_.at(id);
-      if (other.connected && other.member == open.member &&
+      const bool resumed =
+          resumption && absl::c_linear_search(resumption->sources, id);
+      if (!resumed && other.connected && other.member == open.member &&
           other.rank == open.rank) {
         return absl::FailedPreconditionError(absl::StrCat(
             "member and rank are taken by a live process: instance ", name,
@@ -207,8 +219,22 @@ absl::StatusOr<SessionId> Core::OpenSession(
   {
     MutexLock lock(&mu_);
     const std::string name = NameInForce(peer, open.instance);
-    RETURN_IF_ERROR(CheckOpen(peer, open, name));
+    std::optional<Resumption> resumption;
+    if (open.resuming) {
+      ASSIGN_OR_RETURN(resumption, CheckResuming(peer, open));
+    }
+    RETURN_IF_ERROR(CheckOpen(peer, open, name, resumption));
     id = SessionId(next_session_++);
+    if (resumption) {
+      for (SessionId source : resumption->sources) {
+        auto it = sessions_.find(source);
+        if (it == sessions_.end() || !it->second.connected) continue;
+        actions.close.emplace_back(it->second.listener,
+                                   absl::CancelledError(absl::StrCat(
+                                       "resumed as session ", id.value())));
+        HangUp(it->second, actions);
+      }
+    }
     LedgerInstance& instance = ledger_.AddInstance(peer.tenant, name);
     if (instance.sessions.empty()) {
       // The first process brings the limits, unless an operator has set some.
@@ -223,7 +249,7 @@ absl::StatusOr<SessionId> Core::OpenSession(
         instance.min = std::min(instance.min, instance.max);
         if (open.weight) instance.weight = *open.weight;
       }
-    } else {
+    } else if (!resumption) {
       actions.log.push_back(absl::StrCat(
           "join instance=", name, " pid=", peer.pid, " with pids=",
           absl::StrJoin(instance.sessions, ",",
@@ -242,12 +268,13 @@ absl::StatusOr<SessionId> Core::OpenSession(
     LedgerSession& session = ledger_.OpenSession(instance, id, peer.pid);
     SessionState& state = sessions_[id];
     state.id = id;
-    state.uid = peer.uid;
+    state.peer = peer;
+    state.resumption = std::move(resumption);
     state.member = open.member;
     state.rank = open.rank;
     state.listener = listener;
 
-    opened.feature_bits = 0;
+    opened.feature_bits = open.feature_bits & kFeatureResume;
     opened.incarnation = options_.incarnation;
     opened.session = id;
     opened.instance = name;
@@ -266,6 +293,7 @@ absl::StatusOr<SessionId> Core::OpenSession(
         "open session=", id.value(), " instance=", name, " tenant=",
         peer.tenant, " pid=", peer.pid, " pools=", open.pools.size(),
         " min=", instance.min.count(), " max=", instance.max.count()));
+    actions.remember = true;
   }
   const uint64_t told = opened.limit_revision;
   listener->Tell(std::move(opened));
@@ -295,12 +323,18 @@ absl::Status Core::Handle(SessionId id, const ClientMessage& message) {
       return absl::FailedPreconditionError("the session has ended");
     }
     SessionState& session = it->second;
-    status = std::visit(
-        [&](const auto& kind) {
-          mu_.AssertHeld();
-          return On(session, kind, actions);
-        },
-        message);
+    if (session.resumption && !std::holds_alternative<Resume>(message) &&
+        !std::holds_alternative<LimitAck>(message)) {
+      status = absl::FailedPreconditionError(
+          "the session has not said yet what it holds (Resume)");
+    } else {
+      status = std::visit(
+          [&](const auto& kind) {
+            mu_.AssertHeld();
+            return On(session, kind, actions);
+          },
+          message);
+    }
   }
   Run(std::move(actions));
   return status;
@@ -623,23 +657,27 @@ void Core::HungUp(SessionId id) {
     MutexLock lock(&mu_);
     auto it = sessions_.find(id);
     if (it == sessions_.end() || !it->second.connected) return;
-    SessionState& session = it->second;
-    session.connected = false;
-    DropClaims(id);
-    session.to_send.clear();
-    TakeBackUnsent(session, actions);
-    CloseWindow(session, session.unacked_descriptors, actions);
-    if (ledger_.FindSession(id)->held == Bytes(0)) {
-      EraseSession(id, "left", actions);
-    } else {
-      actions.log.push_back(
-          absl::StrCat("hang-up session=", id.value(),
-                       " held=", ledger_.FindSession(id)->held.count(),
-                       " (kept until its process is gone)"));
-    }
+    HangUp(it->second, actions);
     Arbitrate(actions);
   }
   Run(std::move(actions));
+}
+
+void Core::HangUp(SessionState& session, Actions& actions) {
+  const SessionId id = session.id;
+  session.connected = false;
+  DropClaims(id);
+  session.to_send.clear();
+  TakeBackUnsent(session, actions);
+  CloseWindow(session, session.unacked_descriptors, actions);
+  // One that was about to resume is what the next attempt goes on from.
+  if (ledger_.FindSession(id)->held == Bytes(0) && !session.resumption) {
+    EraseSession(id, "left", actions);
+  } else {
+    actions.log.push_back(absl::StrCat("hang-up session=", id.value(), " held=",
+                                       ledger_.FindSession(id)->held.count(),
+                                       " (kept until its process is gone)"));
+  }
 }
 
 void Core::TakeBackUnsent(SessionState& session, Actions& actions) {
@@ -681,6 +719,7 @@ void Core::EraseSession(SessionId id, std::string_view why, Actions& actions) {
   CloseWindow(state, state.unacked_descriptors, actions);
   const std::string tenant = session.tenant;
   const Ledger::InstanceKey key = session.instance;
+  actions.remember = true;
   actions.log.push_back(
       absl::StrCat("gone session=", id.value(), " instance=", key.second,
                    " pid=", session.pid, " freed=", session.held.count(),

@@ -141,8 +141,34 @@ std::vector<PageName> Ledger::Charge(LedgerPool& pool, GrantId grant,
     names.push_back({index, pool.last_generation});
   }
   Count(pool, pool.geometry.page_bytes() * static_cast<int64_t>(names.size()));
-  KVB_CHECK(free() >= Bytes(0));
+  KVB_CHECK(overdrawn() == Bytes(0));
   return names;
+}
+
+void Ledger::Adopt(LedgerPool& pool, PageName name) {
+  KVB_CHECK(name.index.value() < pool.geometry.max_pages);
+  KVB_CHECK(name.generation > Generation());
+  auto [it, absent] = pool.pages.try_emplace(name.index);
+  KVB_CHECK(absent);
+  it->second.generation = name.generation;
+  it->second.state = PageState::kMapped;
+  it->second.adopted = true;
+  pool.last_generation = std::max(pool.last_generation, name.generation);
+  Count(pool, pool.geometry.page_bytes());
+  adopted_ += pool.geometry.page_bytes();
+}
+
+void Ledger::Move(LedgerPool& from, LedgerPool& to, PageName name) {
+  LedgerPage* page = FindPage(from, name);
+  KVB_CHECK(page != nullptr && page->state != PageState::kMaking);
+  KVB_CHECK(from.geometry.page_bytes() == to.geometry.page_bytes());
+  auto [it, absent] = to.pages.try_emplace(name.index, std::move(*page));
+  KVB_CHECK(absent && name.index.value() < to.geometry.max_pages);
+  it->second.state = PageState::kMapped;
+  from.pages.erase(name.index);
+  to.last_generation = std::max(to.last_generation, from.last_generation);
+  Count(from, Bytes(0) - from.geometry.page_bytes());
+  Count(to, to.geometry.page_bytes());
 }
 
 void Ledger::Offer(LedgerPool& pool, PageName name,
@@ -176,9 +202,14 @@ std::vector<HandleRef> Ledger::Remove(LedgerPool& pool, PageName name) {
   LedgerPage* page = FindPage(pool, name);
   KVB_CHECK(page != nullptr);
   std::vector<HandleRef> handles = std::move(page->handles);
+  const Bytes bytes = pool.geometry.page_bytes();
+  if (page->adopted) {
+    adopted_ -= bytes;
+  } else {
+    releasing_ += bytes;
+  }
   pool.pages.erase(name.index);
-  Count(pool, Bytes(0) - pool.geometry.page_bytes());
-  releasing_ += pool.geometry.page_bytes();
+  Count(pool, Bytes(0) - bytes);
   return handles;
 }
 
@@ -186,7 +217,7 @@ void Ledger::AddCredit(LedgerInstance& instance, Bytes bytes) {
   instance.credit += bytes;
   instance.held += bytes;
   credit_ += bytes;
-  KVB_CHECK(free() >= Bytes(0));
+  KVB_CHECK(overdrawn() == Bytes(0));
 }
 
 void Ledger::DropCredit(LedgerInstance& instance, Bytes bytes) {
@@ -242,15 +273,21 @@ absl::Status Ledger::CheckInvariants() const {
     return absl::InternalError(absl::StrCat("ledger: ", words...));
   };
   absl::flat_hash_set<const Handle*> seen;
-  Bytes lent, credit, stock;
+  Bytes lent, adopted, credit, stock;
   for (const auto& [id, pool] : pools_) {
     auto session = sessions_.find(pool.session);
     if (session == sessions_.end()) {
       return broken("pool without session ", id.value());
     }
     for (const auto& [index, page] : pool.pages) {
-      size_t expected =
-          page.state == PageState::kMaking ? 0 : pool.geometry.handles_per_page;
+      const size_t expected = page.state == PageState::kMaking || page.adopted
+                                  ? 0
+                                  : pool.geometry.handles_per_page;
+      if (page.adopted) adopted += pool.geometry.page_bytes();
+      if (page.generation > pool.last_generation) {
+        return broken("generation above the last, pool ", id.value(), " index ",
+                      index.value());
+      }
       if (page.handles.size() != expected) {
         return broken("page with ", page.handles.size(), " handles, pool ",
                       id.value(), " index ", index.value());
@@ -297,14 +334,17 @@ absl::Status Ledger::CheckInvariants() const {
       stock += handle->size();
     }
   }
-  if (lent != lent_ || credit != credit_ || stock != stock_) {
+  if (lent != lent_ || adopted != adopted_ || credit != credit_ ||
+      stock != stock_) {
     return broken("sums: lent ", lent_.count(), " is ", lent.count(),
+                  ", adopted ", adopted_.count(), " is ", adopted.count(),
                   ", credit ", credit_.count(), " is ", credit.count(),
                   ", stock ", stock_.count(), " is ", stock.count());
   }
-  if (free() < Bytes(0) || releasing_ < Bytes(0)) {
-    return broken("more lent than there is: free ", free().count(),
-                  ", releasing ", releasing_.count());
+  if (overdrawn() > adopted_ || releasing_ < Bytes(0)) {
+    return broken("more lent than there is: overdrawn ", overdrawn().count(),
+                  ", adopted ", adopted_.count(), ", releasing ",
+                  releasing_.count());
   }
   return absl::OkStatus();
 }

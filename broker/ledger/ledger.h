@@ -8,18 +8,25 @@
 // A page's life here:
 //
 //   absent --Charge--> MAKING --Offer--> OFFERED --ConfirmMapped--> MAPPED
-//     ^                  |                  |                         |
+//     ^  |               |                  |                       ^ |
+//     |  +---------------|---- Adopt -------|-----------------------+ |
 //     +------------------+------- Remove ---+-------------------------+
+//
+// A page is adopted where an engine holds it from an earlier broker: it counts
+// as any other, but its handles are nobody's here and go with the engine's
+// mapping.
 //
 // Bytes: a page counts from Charge to Remove. What Remove or TrimStock takes
 // out still counts, as `releasing`, until EndRelease says that the driver has
-// it back. capacity = free + lent + stock + releasing + credit, always.
+// it back. capacity + overdrawn = free + lent + stock + releasing + credit,
+// always; free or overdrawn is 0, and only adopting overdraws.
 //
 // REQUIRES on the verbs are the core's duty (it has checked the peer's words);
 // breaking one is a CHECK failure.
 #ifndef KVBROKER_BROKER_LEDGER_LEDGER_H_
 #define KVBROKER_BROKER_LEDGER_LEDGER_H_
 
+#include <algorithm>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -47,7 +54,8 @@ struct LedgerPage {
   Generation generation;
   PageState state = PageState::kMaking;
   GrantId grant;
-  std::vector<HandleRef> handles;  // empty while MAKING
+  bool adopted = false;
+  std::vector<HandleRef> handles;  // empty while MAKING, and where adopted
 };
 
 struct LedgerPool {
@@ -131,12 +139,19 @@ class Ledger {
   void Offer(LedgerPool& pool, PageName page, std::vector<HandleRef> handles);
   // OFFERED -> MAPPED; pages that have left meanwhile are passed over.
   void ConfirmMapped(LedgerPool& pool, const std::vector<PageName>& pages);
+  // Absent -> MAPPED, of a page that an earlier broker lent. REQUIRES: absent,
+  // in range, `name.generation` above 0.
+  void Adopt(LedgerPool& pool, PageName name);
+  // A page that is not MAKING goes on under the same name in another pool of
+  // the same geometry, as MAPPED. REQUIRES: absent there.
+  void Move(LedgerPool& from, LedgerPool& to, PageName name);
   // The page, or null where it is absent or of another generation.
   LedgerPage* FindPage(LedgerPool& pool, PageName page);
   // Any state -> absent. The handles (counted as releasing) go to the caller,
   // who puts them into stock or releases them. A page still MAKING has none;
   // its bytes count as releasing all the same, since its maker may be at it:
-  // the maker drops what it made and ends the release. REQUIRES: FindPage.
+  // the maker drops what it made and ends the release. An adopted page has
+  // neither handles nor a release. REQUIRES: FindPage.
   std::vector<HandleRef> Remove(LedgerPool& pool, PageName page);
 
   // ---- credit: bytes set aside for an instance ----
@@ -165,8 +180,14 @@ class Ledger {
   Bytes credit() const { return credit_; }
   // Neither lent, set aside nor on its way back to the driver. Stock is not in
   // it.
-  Bytes free() const {
-    return capacity_ - lent_ - stock_ - releasing_ - credit_;
+  Bytes free() const { return std::max(Bytes(0), capacity_ - spoken_for()); }
+  // What is lent (and so on) above the capacity.
+  Bytes overdrawn() const {
+    return std::max(Bytes(0), spoken_for() - capacity_);
+  }
+  // Of `free` and the stock together, what may be lent now.
+  Bytes grantable() const {
+    return std::max(Bytes(0), capacity_ - spoken_for() + stock_);
   }
   size_t session_count() const { return sessions_.size(); }
   const absl::node_hash_map<PoolId, LedgerPool>& pools() const {
@@ -181,9 +202,11 @@ class Ledger {
   using StockKey = std::pair<std::string, int64_t>;  // tenant, handle bytes
 
   void Count(LedgerPool& pool, Bytes delta);
+  Bytes spoken_for() const { return lent_ + stock_ + releasing_ + credit_; }
 
   const Bytes capacity_;
   Bytes lent_, stock_, releasing_, credit_;
+  Bytes adopted_;  // of lent_
   Instances instances_;
   absl::node_hash_map<SessionId, LedgerSession> sessions_;
   absl::node_hash_map<PoolId, LedgerPool> pools_;

@@ -258,8 +258,12 @@ class AttachStream final
       descriptors_ = connection;
     }
     absl::StatusOr<SessionId> session = core_->OpenSession(
-        {.tenant = peer.tenant, .uid = peer.uid, .pid = peer.pid}, open,
-        shared_from_this());
+        {.tenant = peer.tenant,
+         .uid = peer.uid,
+         .pid = peer.pid,
+         .start_time = peer.start_time,
+         .process_inode = peer.process_inode},
+        open, shared_from_this());
     // Its end, and that of the descriptor connection, are OnReadDone's.
     if (!session.ok()) return session.status();
     bool hung_up;

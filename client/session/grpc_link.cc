@@ -111,6 +111,13 @@ absl::Status FromGrpc(const grpc::Status& status) {
                       status.error_message());
 }
 
+grpc::ChannelArguments ChannelArguments() {
+  grpc::ChannelArguments arguments;
+  // Shared ones remember that an earlier broker went away, and fail for a while.
+  arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
+  return arguments;
+}
+
 }  // namespace
 
 // The gRPC stream: one write under way, the rest queued; reads as they come.
@@ -119,8 +126,9 @@ class GrpcLink::Stream
  public:
   Stream(const std::string& path, LinkListener& listener)
       : listener_(listener),
-        stub_(v1::Broker::NewStub(grpc::CreateChannel(
-            absl::StrCat("unix:", path), grpc::InsecureChannelCredentials()))) {
+        stub_(v1::Broker::NewStub(grpc::CreateCustomChannel(
+            absl::StrCat("unix:", path), grpc::InsecureChannelCredentials(),
+            ChannelArguments()))) {
     context_.set_wait_for_ready(false);
     stub_->async()->Attach(&context_, this);
     AddHold();  // StartWrite is also called from outside of the reactions

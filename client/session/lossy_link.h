@@ -39,6 +39,11 @@ class LossyLink : public BrokerLink, public LinkListener {
     return PassHeld() || sent;
   }
   void Kill() { wire_.Kill(); }
+  // As InProcessLink::Break; what was on its way is lost.
+  void Break(bool broker_gone) {
+    held_.clear();
+    wire_.Break(broker_gone);
+  }
   SessionId session() const { return wire_.session(); }
 
   // ---- what shall go wrong ----

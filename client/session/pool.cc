@@ -314,6 +314,25 @@ void Pool::OnOpened(PoolId id, Bytes max, Bytes capacity) {
   capacity_ = capacity;
   connected_ = true;
   why_not_ = absl::OkStatus();
+  // Another broker counts its orders anew, and knows no report.
+  last_order_ = Revision();
+  reported_ = Report{};
+  reported_at_ = absl::InfinitePast();
+  dirty_ = held_pages() > 0;
+  for (Wish& wished : wishes_) wished.retry_at = absl::InfinitePast();
+  memory_came_.SignalAll();
+}
+
+std::vector<PageName> Pool::HeldPages() {
+  MutexLock lock(&mu_);
+  std::vector<PageName> held;
+  for (uint32_t i = 0; i < options_.geometry.max_pages; ++i) {
+    const PageIndex page(i);
+    if (table_.page_state(page) == PageState::kBacked) {
+      held.push_back({page, table_.page_generation(page)});
+    }
+  }
+  return held;
 }
 
 void Pool::OnLimits(Bytes max) {
@@ -626,7 +645,8 @@ absl::Time Pool::Decay(absl::Time now) {
   MutexLock lock(&mu_);
   message.pool = id_;
   dirty_ = true;
-  session_.Send(std::move(message));
+  // While no broker is there, what is gone is simply not in Resume.
+  if (connected_) session_.Send(std::move(message));
   return due;
 }
 

@@ -153,6 +153,8 @@ class Pool {
   void OnReclaim(const Reclaim& reclaim);
   void OnLimits(Bytes max);
   void OnDisconnected(const absl::Status& why);
+  // All pages that are mapped, by the names they were granted under.
+  std::vector<PageName> HeldPages();
   // Does what is due; says when to call again at the latest.
   absl::Time Work();
   // Withdraws all questions and unmaps and returns all pages, in use or not.

@@ -17,6 +17,11 @@ constexpr absl::Duration kResendAfter = absl::Seconds(1);
 constexpr size_t kRememberDelivered = 256;
 constexpr absl::Duration kLeaveWithin = absl::Seconds(1);
 constexpr int kFencedExitStatus = 86;
+// Between attempts to connect again; each failure doubles it.
+constexpr absl::Duration kFirstBackoff = absl::Milliseconds(10);
+constexpr absl::Duration kLastBackoff = absl::Milliseconds(500);
+// What a message may hold (proto/convert.h).
+constexpr size_t kPagesPerMessage = 16384;
 
 }  // namespace
 
@@ -26,9 +31,8 @@ absl::StatusOr<std::unique_ptr<Session>> Session::Create(
   for (const PoolOptions& pool : session->options_.pools) {
     ASSIGN_OR_RETURN(std::unique_ptr<Mapper> mapper,
                      make_mapper(pool.geometry));
-    ASSIGN_OR_RETURN(
-        std::unique_ptr<Pool> created,
-        Pool::Create(pool, std::move(mapper), *session, clock));
+    ASSIGN_OR_RETURN(std::unique_ptr<Pool> created,
+                     Pool::Create(pool, std::move(mapper), *session, clock));
     session->pools_.push_back(std::move(created));
   }
   return session;
@@ -40,7 +44,19 @@ Session::Session(SessionOptions options, Clock& clock)
 Session::~Session() { Close(); }
 
 void Session::Attach(std::unique_ptr<BrokerLink> link, const Nonce& nonce) {
-  link_ = std::move(link);
+  {
+    MutexLock lock(&link_mu_);
+    link_ = std::move(link);
+  }
+  SendOpen(nonce, std::nullopt);
+}
+
+void Session::ReconnectWith(Connector connect) {
+  connect_ = std::move(connect);
+}
+
+void Session::SendOpen(const Nonce& nonce,
+                       const std::optional<Resuming>& resuming) {
   kvbroker::Open open;
   open.nonce = nonce;
   open.instance = options_.instance;
@@ -54,7 +70,8 @@ void Session::Attach(std::unique_ptr<BrokerLink> link, const Nonce& nonce) {
   for (const PoolOptions& pool : options_.pools) {
     open.pools.push_back(pool.geometry);
   }
-  link_->Send(std::move(open));
+  open.resuming = resuming;
+  Send(std::move(open));
 }
 
 void Session::Start() {
@@ -66,9 +83,9 @@ absl::Status Session::WaitUntilOpen() {
   MutexLock lock(&mu_);
   while (!opened_ && health_.ok()) {
     if (changed_.WaitWithDeadline(&mu_, give_up) && !opened_ && health_.ok()) {
-      return absl::DeadlineExceededError(absl::StrCat(
-          "the broker did not open the session within ",
-          absl::FormatDuration(options_.open_timeout)));
+      return absl::DeadlineExceededError(
+          absl::StrCat("the broker did not open the session within ",
+                       absl::FormatDuration(options_.open_timeout)));
     }
   }
   return health_;
@@ -110,7 +127,11 @@ void Session::Close() {
   } else {
     RunOnce();
   }
-  link_.reset();
+  std::unique_ptr<BrokerLink> link;
+  {
+    MutexLock lock(&link_mu_);
+    link = std::move(link_);
+  }
 }
 
 Opened Session::opened() {
@@ -135,12 +156,12 @@ Sequence Session::NextSequence() {
 void Session::Send(ClientMessage message) {
   if (auto* acquire = std::get_if<Acquire>(&message)) {
     MutexLock lock(&mu_);
-    const Sequence waiting = unanswered_.empty()
-                                 ? acquire->sequence
-                                 : std::min(*unanswered_.begin(),
-                                            acquire->sequence);
+    const Sequence waiting =
+        unanswered_.empty() ? acquire->sequence
+                            : std::min(*unanswered_.begin(), acquire->sequence);
     acquire->acked = Sequence(waiting.value() - 1);
   }
+  MutexLock lock(&link_mu_);
   if (link_ != nullptr) link_->Send(std::move(message));
 }
 
@@ -203,12 +224,14 @@ absl::Time Session::RunOnce() {
       std::visit([&](auto& kind) { Process(std::move(kind)); }, event);
     }
   }
-  absl::Time due = AskForMissing();
+  absl::Time due = std::min(AskForMissing(), Reconnect());
   bool leave;
   {
     MutexLock lock(&mu_);
     leave = closing_;
   }
+  // What leaves in the midst of resuming would not be heard.
+  leave = leave && (away_ || open_by_ == absl::InfiniteFuture());
   bool left = leave;
   for (auto& pool : pools_) {
     if (leave) pool->Close();
@@ -227,14 +250,7 @@ Pool* Session::FindPool(PoolId id) {
 
 void Session::Process(BrokerMessage message) {
   if (auto* opened = std::get_if<Opened>(&message)) {
-    for (size_t i = 0; i < pools_.size() && i < opened->pools.size(); ++i) {
-      pool_by_id_[opened->pools[i]] = pools_[i].get();
-      pools_[i]->OnOpened(opened->pools[i], opened->max, opened->capacity);
-    }
-    limit_revision_ = opened->limit_revision;
-    MutexLock lock(&mu_);
-    opened_ = std::move(*opened);
-    changed_.SignalAll();
+    Process(*opened);
   } else if (auto* granted = std::get_if<Granted>(&message)) {
     Pool* pool = FindPool(granted->pool);
     if (pool == nullptr || granted->credit > 0) {
@@ -279,16 +295,114 @@ void Session::Process(BrokerMessage message) {
   }
 }
 
+void Session::Process(const Opened& opened) {
+  const bool resumes = open_by_ != absl::InfiniteFuture();
+  open_by_ = absl::InfiniteFuture();
+  if (resumes && (opened.feature_bits & kFeatureResume) == 0) {
+    // Nobody would know whose the pages are that this process maps.
+    connect_ = nullptr;
+    DropLink();
+    Process(Disconnected{absl::FailedPreconditionError(
+        "the new broker cannot take back what this process holds: restart this "
+        "process, or upgrade the broker")});
+    return;
+  }
+  {
+    MutexLock lock(&mu_);
+    opened_ = opened;
+    health_ = absl::OkStatus();
+    changed_.SignalAll();
+  }
+  limit_revision_ = opened.limit_revision;
+  opened_at_ = clock_.Now();
+  pool_by_id_.clear();
+  for (size_t i = 0; i < pools_.size() && i < opened.pools.size(); ++i) {
+    pool_by_id_[opened.pools[i]] = pools_[i].get();
+  }
+  if (resumes) SayResume();
+  for (auto& [id, pool] : pool_by_id_) {
+    pool->OnOpened(id, opened.max, opened.capacity);
+  }
+}
+
+void Session::SayResume() {
+  Resume last;
+  for (const auto& [id, pool] : pool_by_id_) {
+    const std::vector<PageName> held = pool->HeldPages();
+    for (size_t i = 0; i < held.size(); i += kPagesPerMessage) {
+      if (!last.pages.empty()) Send(std::move(last));
+      const auto first = held.begin() + static_cast<ptrdiff_t>(i);
+      const size_t count = std::min(kPagesPerMessage, held.size() - i);
+      last = Resume{.pool = id,
+                    .pages = {first, first + static_cast<ptrdiff_t>(count)}};
+    }
+    if (last.pages.empty()) last.pool = id;
+  }
+  last.last = true;
+  Send(std::move(last));
+}
+
+void Session::DropLink() {
+  {
+    std::unique_ptr<BrokerLink> link;
+    MutexLock lock(&link_mu_);
+    link = std::move(link_);
+  }
+  // What it said last.
+  MutexLock lock(&mu_);
+  events_.clear();
+}
+
+absl::Time Session::Reconnect() {
+  if (connect_ == nullptr) return absl::InfiniteFuture();
+  const absl::Time now = clock_.Now();
+  if (!away_) {
+    // A broker that took the connection and does not answer is none.
+    if (now < open_by_) return open_by_;
+    Queue(Disconnected{absl::DeadlineExceededError(
+        "the broker did not open the session again in time")});
+    open_by_ = absl::InfiniteFuture();
+    return now;
+  }
+  Resuming resuming;
+  {
+    MutexLock lock(&mu_);
+    // One that never was open is its opener's to try again.
+    if (!opened_ || closing_) return absl::InfiniteFuture();
+    resuming = {opened_->incarnation, opened_->session};
+  }
+  if (now < try_at_) return try_at_;
+  DropLink();
+  absl::StatusOr<Connection> connection = connect_();
+  if (!connection.ok()) {
+    backoff_ = std::clamp(backoff_ * 2, kFirstBackoff, kLastBackoff);
+    return try_at_ = clock_.Now() + backoff_;
+  }
+  away_ = false;
+  open_by_ = clock_.Now() + options_.open_timeout;
+  {
+    MutexLock lock(&link_mu_);
+    link_ = std::move(connection->link);
+  }
+  SendOpen(connection->nonce, resuming);
+  return open_by_;
+}
+
 void Session::Process(Descriptors descriptors) {
-  link_->AcknowledgeDescriptors(
-      descriptors.grant, static_cast<uint32_t>(descriptors.descriptors.size()));
+  {
+    MutexLock lock(&link_mu_);
+    if (link_ != nullptr) {
+      link_->AcknowledgeDescriptors(
+          descriptors.grant,
+          static_cast<uint32_t>(descriptors.descriptors.size()));
+    }
+  }
   if (std::find(delivered_.begin(), delivered_.end(), descriptors.grant) !=
       delivered_.end()) {
     return;
   }
   Incoming& incoming = IncomingOf(descriptors.grant);
-  const size_t end =
-      descriptors.first_handle + descriptors.descriptors.size();
+  const size_t end = descriptors.first_handle + descriptors.descriptors.size();
   if (incoming.descriptors.size() < end) incoming.descriptors.resize(end);
   for (size_t i = 0; i < descriptors.descriptors.size(); ++i) {
     UniqueFd& slot = incoming.descriptors[descriptors.first_handle + i];
@@ -359,6 +473,15 @@ std::vector<Sequence> Session::Unanswered(Sequence last) {
 
 void Session::Process(const Disconnected& disconnected) {
   incoming_.clear();
+  delivered_.clear();  // another broker counts its grants anew
+  away_ = true;
+  open_by_ = absl::InfiniteFuture();
+  const absl::Time now = clock_.Now();
+  // Who opens the session only to end it again is not pressed.
+  backoff_ = now - opened_at_ > kLastBackoff
+                 ? kFirstBackoff
+                 : std::clamp(backoff_ * 2, kFirstBackoff, kLastBackoff);
+  try_at_ = now + backoff_;
   absl::Status why = disconnected.why.ok()
                          ? absl::UnavailableError("the broker is gone")
                          : disconnected.why;

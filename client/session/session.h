@@ -7,8 +7,17 @@
 //   Pool& pool = session->pool(0);
 //
 // A worker thread of its own does everything that takes a while: it maps what
-// is granted, answers reclaims, and reports; see Pool. When the broker goes away
-// the engine runs on with what is mapped; `health` says so.
+// is granted, answers reclaims, and reports; see Pool.
+//
+// When the broker goes away the engine runs on with what is mapped; blocks on
+// mapped pages come and go as before, nothing grows, `health` says so. The
+// worker connects again as soon as there is a broker, and tells it what is
+// held:
+//
+//   OPENING --Opened--> OPEN --disconnected--> AWAY --connected, Open--+
+//                        ^                      ^  \                   |
+//                        |                      +---+ backoff          v
+//                        +--- Opened; Resume, page by page ------ RESUMING
 //
 // Threads: safe. Destroy it before the process ends, with the engine's threads
 // out of its pools: it unmaps and returns everything.
@@ -25,6 +34,7 @@
 #include <set>
 #include <string>
 #include <thread>
+#include <utility>
 #include <variant>
 #include <vector>
 
@@ -59,9 +69,8 @@ struct SessionOptions {
 
 class Session : public PoolSession, public LinkListener {
  public:
-  using MapperFactory =
-      std::function<absl::StatusOr<std::unique_ptr<Mapper>>(
-          const PoolGeometry&)>;
+  using MapperFactory = std::function<absl::StatusOr<std::unique_ptr<Mapper>>(
+      const PoolGeometry&)>;
 
   // A session without a link or a thread: for tests, which Attach one and call
   // RunOnce themselves, and for what makes the real ones (open_session.h).
@@ -71,6 +80,15 @@ class Session : public PoolSession, public LinkListener {
 
   // Says Open over `link`. Once.
   void Attach(std::unique_ptr<BrokerLink> link, const Nonce& nonce);
+  // How the worker connects again; without it a session ends with its link. The
+  // link's listener is this session; it is gone before another one is made.
+  // Before Attach.
+  struct Connection {
+    std::unique_ptr<BrokerLink> link;
+    Nonce nonce{};
+  };
+  using Connector = std::function<absl::StatusOr<Connection>()>;
+  void ReconnectWith(Connector connect);
   // Starts the worker thread.
   void Start();
   // OK once the broker has said Opened; its refusal, or DEADLINE_EXCEEDED.
@@ -81,16 +99,18 @@ class Session : public PoolSession, public LinkListener {
   // keeps pages and for what the broker was asked and has not answered, and
   // leaves. The pools are dead. Idempotent.
   void Close();
-  // Its first half, for those without a thread: RunOnce until `left`, then Close.
+  // Its first half, for those without a thread: RunOnce until `left`, then
+  // Close.
   void BeginClose();
   bool left();
 
   Pool& pool(size_t i) { return *pools_[i]; }
   size_t pool_count() const { return pools_.size(); }
-  // What the broker said at the open, the name in force among it; the limits are
-  // those of now.
+  // What the broker said at the open, the name in force among it; the limits
+  // are those of now.
   Opened opened();
-  // OK while the session is open, else why it is not.
+  // OK while the session is open, else why it is not. It may come back where it
+  // is UNAVAILABLE.
   absl::Status health();
 
   // ---- PoolSession ----
@@ -126,6 +146,8 @@ class Session : public PoolSession, public LinkListener {
 
   Session(SessionOptions options, Clock& clock);
 
+  void SendOpen(const Nonce& nonce, const std::optional<Resuming>& resuming);
+
   void Queue(Event event);
   bool Left() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void WorkerLoop();
@@ -133,6 +155,14 @@ class Session : public PoolSession, public LinkListener {
   void Process(BrokerMessage message);
   void Process(Descriptors descriptors);
   void Process(const Disconnected& disconnected);
+  void Process(const Opened& opened);
+  // Says what all pools hold.
+  void SayResume();
+  // Nothing that the link has said or says is heard any more.
+  void DropLink();
+  // Where the session is away: tries to come back when it is time. Says when to
+  // call again.
+  absl::Time Reconnect();
   Incoming& IncomingOf(GrantId grant);
   void DeliverIfComplete(GrantId grant);
   absl::Time AskForMissing();
@@ -145,7 +175,7 @@ class Session : public PoolSession, public LinkListener {
   const SessionOptions options_;
   Clock& clock_;
   std::vector<std::unique_ptr<Pool>> pools_;
-  std::unique_ptr<BrokerLink> link_;
+  Connector connect_;
   std::thread worker_;
 
   // The worker's own.
@@ -153,6 +183,16 @@ class Session : public PoolSession, public LinkListener {
   std::map<GrantId, Incoming> incoming_;
   std::deque<GrantId> delivered_;  // lately: what comes again is dropped
   uint64_t limit_revision_ = 0;
+  // AWAY, and since when RESUMING waits for Opened.
+  bool away_ = false;
+  absl::Time try_at_ = absl::InfinitePast();
+  absl::Duration backoff_;
+  absl::Time opened_at_ = absl::InfinitePast();
+  absl::Time open_by_ = absl::InfiniteFuture();
+
+  // Sending does not block. Before mu_ and after the pools' locks.
+  Mutex link_mu_;
+  std::unique_ptr<BrokerLink> link_ ABSL_GUARDED_BY(link_mu_);
 
   std::atomic<bool> woken_ = false;
   Mutex mu_;

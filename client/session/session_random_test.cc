@@ -1,6 +1,7 @@
 // Random engines on one small broker: three sessions of two pools each, with
-// pages of three sizes, under limits that change and a link that loses things.
-// After each instruction the books of all must agree.
+// pages of three sizes, under limits that change and a link that loses things
+// and breaks, and a broker that is restarted. After each instruction the books
+// of all must agree.
 //
 // KVBROKER_TEST_SEED and KVBROKER_TEST_INSTRUCTIONS choose another run; the
 // seed is printed. KVBROKER_TEST_LOG=1 prints the broker's log as well.
@@ -78,19 +79,8 @@ struct User {
 
 class World {
  public:
-  explicit World(uint64_t seed) : random_(seed), backend_({.total = MiB(2)}) {
-    CoreOptions options;
-    options.backend = &backend_;
-    options.clock = &clock_;
-    options.capacity = kCapacity;
-    const bool log = FromEnvironment("KVBROKER_TEST_LOG", 0) != 0;
-    options.log = [this, log](std::string_view line) {
-      if (log) std::cout << clock_.Now() << " " << line << "\n";
-      if (line.substr(0, 7) == "reclaim") ++reclaims_;
-      if (line.substr(0, 6) == "refuse") ++refusals_;
-      if (line.find("tier=preempt") != line.npos) ++preempts_;
-    };
-    core_ = *Core::Create(std::move(options));
+  explicit World(uint64_t seed) : random_(seed) {
+    StartBroker(Remembered{});
     for (int i = 0; i < kSessions; ++i) AddSession(i);
   }
 
@@ -115,7 +105,8 @@ class World {
     std::cout << allocs_ << " allocations, " << misses_ << " misses, "
               << grants() << " grants, " << refusals_ << " refusals, "
               << reclaims_ << " reclaims, " << preempts_ << " to preempt, "
-              << removals_ << " evictions, " << resends_ << " sent again\n";
+              << removals_ << " evictions, " << resends_ << " sent again, "
+              << breaks_ << " broken links, " << restarts_ << " restarts\n";
     // It is no use to check what never happens.
     EXPECT_GT(allocs_, 1000);
     EXPECT_GT(misses_, 100);
@@ -125,6 +116,8 @@ class World {
     EXPECT_GT(preempts_, 10);
     EXPECT_GT(removals_, 100);
     EXPECT_GT(resends_, 5);
+    EXPECT_GT(breaks_, 10);
+    EXPECT_GT(restarts_, 10);
   }
 
  private:
@@ -161,9 +154,16 @@ class World {
           return mapper;
         },
         clock_);
-    links_.push_back(&LossyLink::Join(
-        *core_, Peer{"uid:0", 0, static_cast<uint32_t>(100 + number)},
-        *session));
+    session->ReconnectWith(
+        [this, number,
+         raw = session.get()]() -> absl::StatusOr<Session::Connection> {
+          links_[number] = nullptr;  // the old one is gone
+          if (Below(3) == 0) return absl::UnavailableError("nobody listens");
+          auto link = std::make_unique<LossyLink>(*core_, PeerOf(number), *raw);
+          links_[number] = link.get();
+          return Session::Connection{std::move(link), Nonce{}};
+        });
+    links_.push_back(&LossyLink::Join(*core_, PeerOf(number), *session));
     for (int i = 0; i < kPools; ++i) {
       User user;
       user.pool = &session->pool(i);
@@ -172,6 +172,42 @@ class World {
       users_.push_back(user);
     }
     sessions_.push_back(std::move(session));
+  }
+
+  static Peer PeerOf(int number) {
+    return {.tenant = "uid:0", .pid = static_cast<uint32_t>(100 + number)};
+  }
+
+  // A new one, with its own handles, as if on memory that nobody holds: what
+  // engines still map is theirs.
+  void StartBroker(Remembered remembered) {
+    backend_ =
+        std::make_unique<FakeBackend>(FakeBackendOptions{.total = MiB(2)});
+    CoreOptions options;
+    options.backend = backend_.get();
+    options.clock = &clock_;
+    options.capacity = kCapacity;
+    options.incarnation = ++incarnation_;
+    options.remembered = std::move(remembered);
+    const bool log = FromEnvironment("KVBROKER_TEST_LOG", 0) != 0;
+    options.log = [this, log](std::string_view line) {
+      if (log) std::cout << clock_.Now() << " " << line << "\n";
+      if (line.substr(0, 6) == "grant ") ++grants_;
+      if (line.substr(0, 7) == "reclaim") ++reclaims_;
+      if (line.substr(0, 6) == "refuse") ++refusals_;
+      if (line.find("tier=preempt") != line.npos) ++preempts_;
+    };
+    core_ = *Core::Create(std::move(options));
+  }
+
+  void RestartBroker() {
+    ++restarts_;
+    Remembered remembered = core_->Remember();
+    for (LossyLink* link : links_) {
+      if (link != nullptr) link->Break(/*broker_gone=*/true);
+    }
+    core_.reset();
+    StartBroker(std::move(remembered));
   }
 
   // ---- instructions ----
@@ -220,7 +256,7 @@ class World {
         sessions_[session]->RunOnce();
         return absl::OkStatus();
       case 17:
-        links_[session]->Deliver();
+        Deliver(session);
         return absl::OkStatus();
       case 18:
         core_->RunDue();
@@ -232,12 +268,26 @@ class World {
 
   void Pump(uint32_t session) {
     sessions_[session]->RunOnce();
-    links_[session]->Deliver();
+    Deliver(session);
     core_->RunDue();
   }
 
+  bool Deliver(uint32_t session) {
+    return links_[session] != nullptr && links_[session]->Deliver();
+  }
+
   absl::Status GoWrong(User& user, uint32_t session) {
-    switch (Below(8)) {
+    if (links_[session] == nullptr) return absl::OkStatus();
+    switch (Below(9)) {
+      case 8:
+        if (Below(4) > 0) break;
+        if (Below(2) == 0) {
+          RestartBroker();
+        } else {
+          ++breaks_;
+          links_[session]->Break(/*broker_gone=*/false);
+        }
+        break;
       case 0:
         links_[session]->LoseNextGrant();
         break;
@@ -257,8 +307,7 @@ class World {
         return SetLimit(session, kCapacity);
       case 6:
         if (Below(3) > 0) break;
-        return SetLimit(session,
-                        Bytes(kCapacity.count() / 8 * (1 + Below(8))));
+        return SetLimit(session, Bytes(kCapacity.count() / 8 * (1 + Below(8))));
       case 7:
         links_[session]->RepeatEverything(Below(2) == 0);
         break;
@@ -269,8 +318,8 @@ class World {
   absl::Status SetLimit(uint32_t session, Bytes max) {
     if (session == 0) max = std::max(max, KiB(256));  // its `min`
     return core_
-        ->SetPolicy(InstanceSelector{absl::StrCat("engine", session), ""},
-                    {.max = max})
+        ->SetPolicy(InstanceSelector{absl::StrCat("engine", session), "uid:0"},
+                    {.max = max, .preset = true})
         .status();
   }
 
@@ -325,8 +374,7 @@ class World {
     removals_ += static_cast<int64_t>(removals.size());
     for (const BlockRemoval& removal : removals) {
       std::erase_if(user.cached, [&](const auto& held) {
-        return held.first == removal.block &&
-               held.second <= removal.generation;
+        return held.first == removal.block && held.second <= removal.generation;
       });
     }
   }
@@ -368,15 +416,17 @@ class World {
     for (User& user : users_) {
       RETURN_IF_ERROR(user.pool->CheckInvariants());
       for (BlockId block : user.used) {
-        const PageIndex page(
-            static_cast<uint32_t>(kBlock * block / user.page));
+        const PageIndex page(static_cast<uint32_t>(kBlock * block / user.page));
         if (!user.mapper->Has(page)) {
           return absl::InternalError(
               absl::StrCat("a used block is not mapped: ", block));
         }
       }
     }
-    for (auto& session : sessions_) RETURN_IF_ERROR(session->health());
+    for (auto& session : sessions_) {
+      const absl::Status health = session->health();
+      if (!health.ok() && !absl::IsUnavailable(health)) return health;
+    }
     return absl::OkStatus();
   }
 
@@ -386,7 +436,7 @@ class World {
       bool busy = core_->RunDue() <= clock_.Now();
       for (int i = 0; i < kSessions; ++i) {
         busy |= sessions_[i]->RunOnce() <= clock_.Now();
-        busy |= links_[i]->Deliver();
+        busy |= Deliver(i);
       }
       if (!busy) return absl::OkStatus();
     }
@@ -395,11 +445,18 @@ class World {
 
   absl::Status CheckAtRest() {
     for (LossyLink* link : links_) {
+      if (link == nullptr) continue;
       link->LoseNothing();
       resends_ += static_cast<int64_t>(link->Said<Resend>().size());
       link->Forget();
     }
     RETURN_IF_ERROR(Settle());
+    // For who is away.
+    for (int tries = 0; tries < 20; ++tries) {
+      clock_.Advance(absl::Milliseconds(500));
+      RETURN_IF_ERROR(Settle());
+    }
+    for (auto& session : sessions_) RETURN_IF_ERROR(session->health());
     clock_.Advance(absl::Milliseconds(2100));  // for what was lost
     RETURN_IF_ERROR(Settle());
     clock_.Advance(absl::Milliseconds(1100));  // for credit and guards
@@ -414,9 +471,9 @@ class World {
       }
       const Bytes held = snapshot.instances[i].held;
       if (held != mapped) {
-        return absl::InternalError(absl::StrCat(
-            snapshot.instances[i].name, ": the broker lends ", held.count(),
-            " bytes, mapped are ", mapped.count()));
+        return absl::InternalError(
+            absl::StrCat(snapshot.instances[i].name, ": the broker lends ",
+                         held.count(), " bytes, mapped are ", mapped.count()));
       }
     }
     return absl::OkStatus();
@@ -438,8 +495,7 @@ class World {
       // engine0's `min` and the pages of engine1's null blocks stay.
       const Bytes may_have = kCapacity - KiB(256) - KiB(128);
       const int64_t pages = std::min<int64_t>(may_have / user.page, 11);
-      std::vector<BlockId> out(
-          static_cast<size_t>(user.page * pages / kBlock));
+      std::vector<BlockId> out(static_cast<size_t>(user.page * pages / kBlock));
       bool got = false;
       for (int tries = 0; tries < 1000 && !got; ++tries) {
         got = user.pool->Alloc(absl::MakeSpan(out), Urgency::kWaiting);
@@ -449,8 +505,8 @@ class World {
       }
       if (!got) {
         return absl::InternalError(absl::StrCat(
-            "nobody else wants memory, and ", out.size(),
-            " blocks of ", user.page.count(), " byte pages do not come"));
+            "nobody else wants memory, and ", out.size(), " blocks of ",
+            user.page.count(), " byte pages do not come"));
       }
       RETURN_IF_ERROR(user.pool->Free(out));
     }
@@ -468,24 +524,26 @@ class World {
       session->Close();
     }
     RETURN_IF_ERROR(core_->CheckInvariants());
-    if (backend_.live_handles() != 0) {
+    if (backend_->live_handles() != 0) {
       return absl::InternalError(
-          absl::StrCat("handles are left: ", backend_.live_handles()));
+          absl::StrCat("handles are left: ", backend_->live_handles()));
     }
     return absl::OkStatus();
   }
 
-  int64_t grants() const { return backend_.counts().creates; }
+  int64_t grants() const { return grants_; }
 
   std::mt19937_64 random_;
   FakeClock clock_;
-  mutable FakeBackend backend_;
+  std::unique_ptr<FakeBackend> backend_;
+  uint64_t incarnation_ = 0;
   std::unique_ptr<Core> core_;
   std::vector<User> users_;
   std::vector<LossyLink*> links_;
   std::vector<std::unique_ptr<Session>> sessions_;
   int64_t allocs_ = 0, misses_ = 0, refusals_ = 0, reclaims_ = 0;
-  int64_t preempts_ = 0, removals_ = 0, resends_ = 0;
+  int64_t preempts_ = 0, removals_ = 0, resends_ = 0, grants_ = 0;
+  int64_t breaks_ = 0, restarts_ = 0;
 };
 
 TEST(SessionRandomTest, TheBooksOfAllAgree) {

@@ -47,6 +47,16 @@ void InProcessLink::Kill() {
   if (session_ != SessionId()) core_.ProcessGone(session_);
 }
 
+void InProcessLink::Break(bool broker_gone) {
+  if (dead_) return;
+  dead_ = true;
+  sent_.clear();
+  acknowledged_ = 0;
+  listener_->Close(absl::UnavailableError("the connection broke"));
+  listener_->Detach();
+  if (!broker_gone && session_ != SessionId()) core_.HungUp(session_);
+}
+
 bool InProcessLink::Deliver() {
   bool any = false;
   while (!dead_ && (!sent_.empty() || acknowledged_ > 0)) {

@@ -29,6 +29,9 @@ class InProcessLink : public client::BrokerLink {
   bool Deliver();
   // The process is gone, as its pidfd would say.
   void Kill();
+  // The connection breaks; both ends notice. With `broker_gone` the core is no
+  // more, or will not be when the link goes.
+  void Break(bool broker_gone);
   SessionId session() const { return session_; }
 
   // ---- BrokerLink ----
