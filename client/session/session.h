@@ -10,6 +10,12 @@
 // is granted, answers reclaims, and reports; see Pool. When the broker goes away
 // the engine runs on with what is mapped; `health` says so.
 //
+// A broker's word is not taken for more than it can be. Pages that were not
+// asked for are not mapped, and it is told that they failed. What makes no
+// sense at all (Opened twice or not of these pools, descriptors beyond their
+// grant, grants without end that are never whole) ends the conversation as if
+// the broker were gone.
+//
 // Threads: safe. Destroy it before the process ends, with the engine's threads
 // out of its pools: it unmaps and returns everything.
 #ifndef KVBROKER_CLIENT_SESSION_SESSION_H_
@@ -24,6 +30,7 @@
 #include <optional>
 #include <set>
 #include <string>
+#include <string_view>
 #include <thread>
 #include <variant>
 #include <vector>
@@ -118,8 +125,7 @@ class Session : public PoolSession, public LinkListener {
   // A grant whose message and descriptors have not all come.
   struct Incoming {
     std::optional<Granted> granted;
-    std::vector<UniqueFd> descriptors;
-    size_t received = 0;
+    std::map<uint64_t, UniqueFd> descriptors;  // by ordinal
     absl::Time since;
     Sequence asked_by;  // the last one when its first part came
   };
@@ -133,7 +139,8 @@ class Session : public PoolSession, public LinkListener {
   void Process(BrokerMessage message);
   void Process(Descriptors descriptors);
   void Process(const Disconnected& disconnected);
-  Incoming& IncomingOf(GrantId grant);
+  // Null where the broker was broken with over it.
+  Incoming* IncomingOf(GrantId grant);
   void DeliverIfComplete(GrantId grant);
   absl::Time AskForMissing();
   // The answer has arrived, with all that belongs to it.
@@ -141,6 +148,8 @@ class Session : public PoolSession, public LinkListener {
   // Of the questions up to `last`.
   std::vector<Sequence> Unanswered(Sequence last);
   Pool* FindPool(PoolId id);
+  // The broker did what no broker does: it is not listened to any more.
+  void BreakOff(std::string_view what);
 
   const SessionOptions options_;
   Clock& clock_;
@@ -153,6 +162,7 @@ class Session : public PoolSession, public LinkListener {
   std::map<GrantId, Incoming> incoming_;
   std::deque<GrantId> delivered_;  // lately: what comes again is dropped
   uint64_t limit_revision_ = 0;
+  bool broken_off_ = false;
 
   std::atomic<bool> woken_ = false;
   Mutex mu_;
