@@ -32,7 +32,7 @@ bool IsOf(const SessionState& session, const RememberedSession& record) {
 }  // namespace
 
 bool SameProcess(const Peer& a, const Peer& b) {
-  if (a.tenant != b.tenant || a.uid != b.uid) return false;
+  if (a.tenant != b.tenant) return false;
   if (a.process_inode != 0 && b.process_inode != 0) {
     return a.process_inode == b.process_inode;
   }

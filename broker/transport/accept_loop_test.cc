@@ -356,9 +356,31 @@ TEST_F(AcceptLoopTest, GarbageEndsTheConnectionAndIsLogged) {
     DescriptorClient client(DescriptorPath());
     ASSERT_TRUE(client.GetNonce());
     if (kind == 0) client.SayHello();
-    if (kind == 1) client.SendPacket(bytes(ack), client.fd());
+    if (kind == 1) client.SendPacket(bytes(ack), {client.fd()});
     if (kind == 2) client.SendPacket(bytes(ack));
     EXPECT_TRUE(client.WaitForEnd()) << kind;
+  }
+}
+
+TEST_F(AcceptLoopTest, UnwantedDescriptorsAreClosed) {
+  Start();
+  const kvb_fd_hello hello = {
+      .header = {.magic = KVB_FD_MAGIC, .version = 1, .type = KVB_FD_HELLO},
+      .pid = 1,
+      .reserved = 0};
+  const std::string packet(reinterpret_cast<const char*>(&hello),
+                           sizeof(hello));
+  for (int count = 1; count <= 4; ++count) {
+    int ends[2];
+    ASSERT_EQ(pipe2(ends, O_CLOEXEC), 0);
+    UniqueFd read_end(ends[0]), write_end(ends[1]);
+    DescriptorClient client(DescriptorPath());
+    client.SendPacket(packet, std::vector<int>(count, write_end.get()));
+    write_end.Reset();
+    client.HangUp();
+    // Ends only when nobody holds the other end any more.
+    char byte;
+    EXPECT_EQ(read(read_end.get(), &byte, 1), 0) << count;
   }
 }
 

@@ -45,24 +45,27 @@ void DescriptorClient::SayHello(bool with_pidfd) {
                         .reserved = 0};
   UniqueFd pidfd(
       with_pidfd ? static_cast<int>(syscall(SYS_pidfd_open, getpid(), 0)) : -1);
-  SendPacket(AsBytes(hello), pidfd.get());
+  SendPacket(AsBytes(hello), pidfd ? std::vector{pidfd.get()}
+                                   : std::vector<int>());
 }
 
-void DescriptorClient::SendPacket(std::string_view bytes, int descriptor) {
+void DescriptorClient::SendPacket(std::string_view bytes,
+                                  const std::vector<int>& descriptors) {
   iovec data = {.iov_base = const_cast<char*>(bytes.data()),
                 .iov_len = bytes.size()};
-  alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
+  const size_t size = sizeof(int) * descriptors.size();
+  std::vector<cmsghdr> control(CMSG_SPACE(size) / sizeof(cmsghdr) + 1);
   msghdr message = {};
   message.msg_iov = &data;
   message.msg_iovlen = 1;
-  if (descriptor >= 0) {
-    message.msg_control = control;
-    message.msg_controllen = sizeof(control);
+  if (!descriptors.empty()) {
+    message.msg_control = control.data();
+    message.msg_controllen = CMSG_SPACE(size);
     cmsghdr* header = CMSG_FIRSTHDR(&message);
     header->cmsg_level = SOL_SOCKET;
     header->cmsg_type = SCM_RIGHTS;
-    header->cmsg_len = CMSG_LEN(sizeof(int));
-    memcpy(CMSG_DATA(header), &descriptor, sizeof(descriptor));
+    header->cmsg_len = CMSG_LEN(size);
+    memcpy(CMSG_DATA(header), descriptors.data(), size);
   }
   sendmsg(socket_.get(), &message, MSG_NOSIGNAL);
 }

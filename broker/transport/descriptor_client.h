@@ -26,7 +26,8 @@ class DescriptorClient {
 
   // With a pidfd of this process, where asked for.
   void SayHello(bool with_pidfd = false);
-  void SendPacket(std::string_view bytes, int descriptor = -1);
+  void SendPacket(std::string_view bytes,
+                  const std::vector<int>& descriptors = {});
   void Ack(GrantId grant, uint32_t count);
 
   // Nothing: the broker has closed the connection, or sent something else.

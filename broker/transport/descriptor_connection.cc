@@ -13,6 +13,7 @@
 #include "broker/base/clock.h"
 #include "broker/base/status_macros.h"
 #include "proto/fd_frame.h"
+#include "proto/fd_parse.h"
 
 namespace kvbroker {
 namespace {
@@ -25,40 +26,17 @@ constexpr int kPacketsPerTurn = 64;
 // ones).
 constexpr absl::Duration kTryAgain = absl::Milliseconds(10);
 
-absl::Status Malformed(std::string_view what, uint64_t value) {
-  return absl::InvalidArgumentError(
-      absl::StrCat("malformed packet on the descriptor socket: ",
-                   absl::string_view(what.data(), what.size()), ": ", value));
-}
-
-// Copies the packet of type `type` out, checked.
-template <typename Packet>
-absl::Status Parse(const char* bytes, size_t size, kvb_fd_type type,
-                   Packet& packet) {
-  if (size != sizeof(packet)) return Malformed("size", size);
-  memcpy(&packet, bytes, sizeof(packet));
-  if (packet.header.magic != KVB_FD_MAGIC) {
-    return Malformed("magic", packet.header.magic);
-  }
-  if (packet.header.version != KVB_FD_VERSION) {
-    return Malformed("version", packet.header.version);
-  }
-  if (packet.header.type != type) return Malformed("type", packet.header.type);
-  return absl::OkStatus();
-}
-
-kvb_fd_header Header(kvb_fd_type type) {
-  return {.magic = KVB_FD_MAGIC,
-          .version = KVB_FD_VERSION,
-          .type = static_cast<uint16_t>(type)};
-}
-
-// One packet as it came, with at most one descriptor.
+// One packet as it came.
 struct Received {
   ssize_t size;
-  char bytes[64];
-  UniqueFd descriptor;
+  char bytes[kFdPacketRoom];
+  // All that came, wanted or not: who does not own them leaks them.
+  std::vector<UniqueFd> descriptors;
   bool too_much = false;  // bytes or descriptors were cut off
+
+  std::string_view packet() const {
+    return {bytes, static_cast<size_t>(size)};
+  }
 };
 
 // size -1 and errno where there is none.
@@ -74,13 +52,18 @@ Received ReceivePacket(int socket) {
   packet.size = recvmsg(socket, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
   if (packet.size < 0) return packet;
   packet.too_much = message.msg_flags & (MSG_TRUNC | MSG_CTRUNC);
-  const cmsghdr* header = CMSG_FIRSTHDR(&message);
-  if (header != nullptr && header->cmsg_level == SOL_SOCKET &&
-      header->cmsg_type == SCM_RIGHTS &&
-      header->cmsg_len == CMSG_LEN(sizeof(int))) {
-    int fd;
-    memcpy(&fd, CMSG_DATA(header), sizeof(fd));
-    packet.descriptor.Reset(fd);
+  for (cmsghdr* header = CMSG_FIRSTHDR(&message); header != nullptr;
+       header = CMSG_NXTHDR(&message, header)) {
+    if (header->cmsg_level != SOL_SOCKET || header->cmsg_type != SCM_RIGHTS) {
+      continue;
+    }
+    // The padding of one descriptor's space holds a second one.
+    const size_t count = (header->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+    for (size_t i = 0; i < count; ++i) {
+      int fd;
+      memcpy(&fd, CMSG_DATA(header) + i * sizeof(fd), sizeof(fd));
+      packet.descriptors.emplace_back(fd);
+    }
   }
   return packet;
 }
@@ -172,7 +155,7 @@ void DescriptorConnection::CloseLocked(const absl::Status& reason) {
 DescriptorConnection::Sent DescriptorConnection::TrySend(const Frame& frame) {
   KVB_CHECK(frame.descriptors.size() <= KVB_FD_MAX_PER_FRAME);
   const size_t count = frame.descriptors.size();
-  kvb_fd_frame packet = {.header = Header(KVB_FD_FRAME),
+  kvb_fd_frame packet = {.header = FdHeader(KVB_FD_FRAME),
                          .grant_id = frame.grant.value(),
                          .first_handle = frame.first_handle,
                          .handle_count = static_cast<uint32_t>(count)};
@@ -264,15 +247,15 @@ bool DescriptorConnection::ReadAll() {
       break;
     }
     if (packet.too_much) {
-      status = Malformed("bytes or descriptors too many, size", packet.size);
+      status = absl::InvalidArgumentError(
+          "malformed packet on the descriptor socket: too long, or with too "
+          "many descriptors");
     } else if (state == State::kHello) {
-      status =
-          TakeHello(packet.bytes, packet.size, std::move(packet.descriptor));
+      status = TakeHello(packet.packet(), std::move(packet.descriptors));
       state = State::kOffered;
-    } else if (packet.descriptor) {
-      status = Malformed("a descriptor where none belongs", 1);
     } else {
-      status = TakeAck(packet.bytes, packet.size, acknowledged);
+      status = TakeAck(packet.packet(), packet.descriptors.size(),
+                       acknowledged);
     }
   }
   if (acknowledged != 0) {
@@ -292,13 +275,11 @@ bool DescriptorConnection::ReadAll() {
   return !over;
 }
 
-absl::Status DescriptorConnection::TakeHello(const char* packet, size_t size,
-                                             UniqueFd pidfd) {
-  kvb_fd_hello hello;
-  RETURN_IF_ERROR(Parse(packet, size, KVB_FD_HELLO, hello));
-  if (hello.reserved != 0) return Malformed("reserved", hello.reserved);
-  if (!peer_.pidfd && pidfd) {
-    RETURN_IF_ERROR(AdoptPidfd(std::move(pidfd), peer_));
+absl::Status DescriptorConnection::TakeHello(
+    std::string_view packet, std::vector<UniqueFd> descriptors) {
+  RETURN_IF_ERROR(ParseHello(packet, descriptors.size()).status());
+  if (!peer_.pidfd && !descriptors.empty()) {
+    RETURN_IF_ERROR(AdoptPidfd(std::move(descriptors.front()), peer_));
   }
   if (!peer_.pidfd) {
     return absl::FailedPreconditionError(
@@ -313,7 +294,7 @@ absl::Status DescriptorConnection::TakeHello(const char* packet, size_t size,
     state_ = State::kOffered;
   }
   ASSIGN_OR_RETURN(nonce_, options_.rendezvous->Offer(weak_from_this()));
-  kvb_fd_welcome welcome = {.header = Header(KVB_FD_WELCOME),
+  kvb_fd_welcome welcome = {.header = FdHeader(KVB_FD_WELCOME),
                             .incarnation = options_.incarnation};
   memcpy(welcome.nonce, nonce_.data(), sizeof(welcome.nonce));
   MutexLock lock(&mu_);
@@ -324,15 +305,16 @@ absl::Status DescriptorConnection::TakeHello(const char* packet, size_t size,
   return absl::OkStatus();
 }
 
-absl::Status DescriptorConnection::TakeAck(const char* packet, size_t size,
+absl::Status DescriptorConnection::TakeAck(std::string_view packet,
+                                           size_t descriptors,
                                            uint32_t& count) {
-  kvb_fd_ack ack;
-  RETURN_IF_ERROR(Parse(packet, size, KVB_FD_ACK, ack));
-  if (ack.reserved != 0) return Malformed("reserved", ack.reserved);
+  ASSIGN_OR_RETURN(kvb_fd_ack ack, ParseAck(packet, descriptors));
   MutexLock lock(&mu_);
   // Before Join nothing was sent, so nothing can be acknowledged.
-  if (ack.handle_count == 0 || ack.handle_count > unacknowledged_) {
-    return Malformed("acknowledged handles", ack.handle_count);
+  if (ack.handle_count > unacknowledged_) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "handles were acknowledged that were not sent: ", ack.handle_count,
+        " of ", unacknowledged_));
   }
   unacknowledged_ -= ack.handle_count;
   count += ack.handle_count;

@@ -98,9 +98,12 @@ class DescriptorConnection
   void OnReady(uint32_t events);
   // False where the connection is over; `end_` says why.
   bool ReadAll();
-  absl::Status TakeHello(const char* packet, size_t size, UniqueFd pidfd);
+  // `descriptors`: a pidfd, or none.
+  absl::Status TakeHello(std::string_view packet,
+                         std::vector<UniqueFd> descriptors);
   // Adds what the peer acknowledged to `count`.
-  absl::Status TakeAck(const char* packet, size_t size, uint32_t& count);
+  absl::Status TakeAck(std::string_view packet, size_t descriptors,
+                       uint32_t& count);
   void WriteWaiting();
   void End();
 

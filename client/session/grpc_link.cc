@@ -16,19 +16,11 @@
 #include "broker/base/status_macros.h"
 #include "proto/convert.h"
 #include "proto/fd_frame.h"
+#include "proto/fd_parse.h"
 #include "proto/kvbroker/v1/session.grpc.pb.h"
 
 namespace kvbroker::client {
 namespace {
-
-constexpr kvb_fd_header Header(uint16_t type) {
-  return {KVB_FD_MAGIC, KVB_FD_VERSION, type};
-}
-
-bool HasHeader(const kvb_fd_header& header, uint16_t type) {
-  return header.magic == KVB_FD_MAGIC && header.version == KVB_FD_VERSION &&
-         header.type == type;
-}
 
 absl::StatusOr<UniqueFd> ConnectSocket(const std::string& path,
                                        absl::Duration timeout) {
@@ -60,7 +52,7 @@ union Ancillary {
 
 absl::Status SayHello(int socket) {
   kvb_fd_hello hello{};
-  hello.header = Header(KVB_FD_HELLO);
+  hello.header = FdHeader(KVB_FD_HELLO);
   hello.pid = static_cast<uint32_t>(getpid());
   iovec data{&hello, sizeof(hello)};
   msghdr message{};
@@ -85,8 +77,8 @@ absl::Status SayHello(int socket) {
 }
 
 absl::StatusOr<Nonce> AwaitWelcome(int socket) {
-  kvb_fd_welcome welcome{};
-  ssize_t size = recv(socket, &welcome, sizeof(welcome), 0);
+  char packet[kFdPacketRoom];
+  ssize_t size = recv(socket, packet, sizeof(packet), 0);
   if (size < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) {
     return absl::DeadlineExceededError("the broker did not answer a hello");
   }
@@ -96,13 +88,16 @@ absl::StatusOr<Nonce> AwaitWelcome(int socket) {
         "the broker closed the connection: it does not admit this user "
         "(its log says why)");
   }
-  if (size != sizeof(welcome) || !HasHeader(welcome.header, KVB_FD_WELCOME)) {
+  absl::StatusOr<kvb_fd_welcome> welcome =
+      ParseWelcome({packet, static_cast<size_t>(size)}, 0);
+  if (!welcome.ok()) {
     return absl::FailedPreconditionError(
-        "the socket is not a broker's of this version");
+        absl::StrCat("the socket is not a broker's of this version: ",
+                     welcome.status().message()));
   }
   Nonce nonce;
-  static_assert(sizeof(nonce) == sizeof(welcome.nonce));
-  memcpy(nonce.data(), welcome.nonce, sizeof(welcome.nonce));
+  static_assert(sizeof(nonce) == sizeof(welcome->nonce));
+  memcpy(nonce.data(), welcome->nonce, sizeof(welcome->nonce));
   return nonce;
 }
 
@@ -266,7 +261,7 @@ void GrpcLink::Send(ClientMessage message) {
 
 void GrpcLink::AcknowledgeDescriptors(GrantId grant, uint32_t count) {
   kvb_fd_ack ack{};
-  ack.header = Header(KVB_FD_ACK);
+  ack.header = FdHeader(KVB_FD_ACK);
   ack.grant_id = grant.value();
   ack.handle_count = count;
   // A failure means that the broker is gone, which the stream tells.
@@ -275,8 +270,8 @@ void GrpcLink::AcknowledgeDescriptors(GrantId grant, uint32_t count) {
 
 void GrpcLink::ReceiveDescriptors() {
   while (true) {
-    kvb_fd_frame frame{};
-    iovec data{&frame, sizeof(frame)};
+    char packet[kFdPacketRoom];
+    iovec data{packet, sizeof(packet)};
     Ancillary ancillary;
     msghdr message{};
     message.msg_iov = &data;
@@ -301,16 +296,22 @@ void GrpcLink::ReceiveDescriptors() {
         descriptors.emplace_back(fd);
       }
     }
-    if (size != sizeof(frame) || !HasHeader(frame.header, KVB_FD_FRAME)) {
-      continue;  // from a newer broker; its descriptors are closed here
+    absl::StatusOr<kvb_fd_frame> frame =
+        ParseFrame({packet, static_cast<size_t>(size)}, descriptors.size());
+    if (!frame.ok()) {
+      // Nothing that follows can be believed. The broker, if it is one, ends
+      // the session with the connection, and the stream tells.
+      shutdown(socket_.get(), SHUT_RDWR);
+      return;
     }
-    if (descriptors.size() != frame.handle_count) {
+    const GrantId grant(frame->grant_id);
+    if (descriptors.size() != frame->handle_count) {
       // This process ran out of descriptors. Open the window again; the missing
       // ones come with the Resend.
-      AcknowledgeDescriptors(GrantId(frame.grant_id), frame.handle_count);
+      AcknowledgeDescriptors(grant, frame->handle_count);
       continue;
     }
-    listener_.OnDescriptors(GrantId(frame.grant_id), frame.first_handle,
+    listener_.OnDescriptors(grant, frame->first_handle,
                             std::move(descriptors));
   }
 }

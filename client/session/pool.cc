@@ -1,6 +1,7 @@
 #include "client/session/pool.h"
 
 #include <algorithm>
+#include <set>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -344,6 +345,8 @@ void Pool::OnLimits(Bytes max) {
 void Pool::OnGranted(const Granted& granted,
                      std::vector<UniqueFd> descriptors) {
   std::optional<Question> question;
+  // Of the pages granted, those that were asked for, each once.
+  std::vector<bool> wanted(granted.pages.size());
   const size_t per_page = options_.geometry.handles_per_page;
   {
     MutexLock lock(&mu_);
@@ -354,14 +357,14 @@ void Pool::OnGranted(const Granted& granted,
       break;
     }
     if (question) {
-      // Slots that were asked for and not granted are free to ask for again.
-      for (PageIndex page : question->pages) {
-        bool came = std::any_of(
-            granted.pages.begin(), granted.pages.end(),
-            [&](const PageName& name) { return name.index == page; });
-        if (!came) KVB_CHECK(table_.Abandon(page).ok());
+      std::set<PageIndex> asked(question->pages.begin(),
+                                question->pages.end());
+      for (size_t i = 0; i < granted.pages.size(); ++i) {
+        wanted[i] = asked.erase(granted.pages[i].index) == 1;
+        arriving_ += wanted[i];
       }
-      arriving_ += static_cast<PageCount>(granted.pages.size());
+      // Slots that were asked for and not granted are free to ask for again.
+      for (PageIndex page : asked) KVB_CHECK(table_.Abandon(page).ok());
     }
   }
   Mapped mapped;
@@ -373,6 +376,10 @@ void Pool::OnGranted(const Granted& granted,
   }
   for (size_t i = 0; i < granted.pages.size(); ++i) {
     const PageName name = granted.pages[i];
+    if (!wanted[i]) {
+      mapped.failed.push_back(name);
+      continue;
+    }
     auto first = descriptors.begin() + static_cast<ptrdiff_t>(i * per_page);
     std::vector<UniqueFd> handles(
         std::make_move_iterator(first),
@@ -414,12 +421,15 @@ void Pool::OnGranted(const Granted& granted,
 
 void Pool::OnCredit(const Granted& granted) {
   MutexLock lock(&mu_);
-  const size_t asked = std::erase_if(questions_, [&](const Question& q) {
-    return q.sequence == granted.sequence && q.credit;
-  });
-  if (asked == 0) return;  // said before
+  auto it = std::find_if(
+      questions_.begin(), questions_.end(), [&](const Question& q) {
+        return q.sequence == granted.sequence && q.credit;
+      });
+  if (it == questions_.end()) return;  // said before
+  const PageCount credit = std::min(granted.credit, it->at_least);
+  questions_.erase(it);
   const absl::Time now = clock_.Now();
-  credit_ = (now < credit_until_ ? credit_ : 0) + granted.credit;
+  credit_ = (now < credit_until_ ? credit_ : 0) + credit;
   credit_until_ = now + granted.credit_for;
   memory_came_.SignalAll();
 }

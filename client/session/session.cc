@@ -15,6 +15,8 @@ namespace {
 // An answer or its descriptors that miss for so long are asked for again.
 constexpr absl::Duration kResendAfter = absl::Seconds(1);
 constexpr size_t kRememberDelivered = 256;
+// More grants that are not whole than there can be questions.
+constexpr size_t kMaxIncoming = 1024;
 constexpr absl::Duration kLeaveWithin = absl::Seconds(1);
 constexpr int kFencedExitStatus = 86;
 // Between attempts to connect again; each failure doubles it.
@@ -249,6 +251,7 @@ Pool* Session::FindPool(PoolId id) {
 }
 
 void Session::Process(BrokerMessage message) {
+  if (broken_off_) return;
   if (auto* opened = std::get_if<Opened>(&message)) {
     Process(*opened);
   } else if (auto* granted = std::get_if<Granted>(&message)) {
@@ -263,8 +266,10 @@ void Session::Process(BrokerMessage message) {
         delivered_.end()) {
       return;  // sent again
     }
-    IncomingOf(grant).granted = std::move(*granted);
-    DeliverIfComplete(grant);
+    if (Incoming* incoming = IncomingOf(grant)) {
+      incoming->granted = std::move(*granted);
+      DeliverIfComplete(grant);
+    }
   } else if (auto* refused = std::get_if<Refused>(&message)) {
     Answered(refused->sequence);
     for (auto& pool : pools_) pool->OnRefused(*refused);
@@ -296,6 +301,16 @@ void Session::Process(BrokerMessage message) {
 }
 
 void Session::Process(const Opened& opened) {
+  if (!pool_by_id_.empty()) return BreakOff("it opened the session twice");
+  if (opened.pools.size() != pools_.size()) {
+    return BreakOff(absl::StrCat("it opened ", opened.pools.size(),
+                                 " pools, not ", pools_.size()));
+  }
+  for (size_t i = 0; i < pools_.size(); ++i) {
+    if (!pool_by_id_.emplace(opened.pools[i], pools_[i].get()).second) {
+      return BreakOff("it gave two pools one id");
+    }
+  }
   const bool resumes = open_by_ != absl::InfiniteFuture();
   open_by_ = absl::InfiniteFuture();
   if (resumes && (opened.feature_bits & kFeatureResume) == 0) {
@@ -315,12 +330,8 @@ void Session::Process(const Opened& opened) {
   }
   limit_revision_ = opened.limit_revision;
   opened_at_ = clock_.Now();
-  pool_by_id_.clear();
-  for (size_t i = 0; i < pools_.size() && i < opened.pools.size(); ++i) {
-    pool_by_id_[opened.pools[i]] = pools_[i].get();
-  }
   if (resumes) SayResume();
-  for (auto& [id, pool] : pool_by_id_) {
+  for (const auto& [id, pool] : pool_by_id_) {
     pool->OnOpened(id, opened.max, opened.capacity);
   }
 }
@@ -379,6 +390,7 @@ absl::Time Session::Reconnect() {
     return try_at_ = clock_.Now() + backoff_;
   }
   away_ = false;
+  broken_off_ = false;
   open_by_ = clock_.Now() + options_.open_timeout;
   {
     MutexLock lock(&link_mu_);
@@ -389,6 +401,7 @@ absl::Time Session::Reconnect() {
 }
 
 void Session::Process(Descriptors descriptors) {
+  if (broken_off_) return;
   {
     MutexLock lock(&link_mu_);
     if (link_ != nullptr) {
@@ -401,25 +414,27 @@ void Session::Process(Descriptors descriptors) {
       delivered_.end()) {
     return;
   }
-  Incoming& incoming = IncomingOf(descriptors.grant);
-  const size_t end = descriptors.first_handle + descriptors.descriptors.size();
-  if (incoming.descriptors.size() < end) incoming.descriptors.resize(end);
-  for (size_t i = 0; i < descriptors.descriptors.size(); ++i) {
-    UniqueFd& slot = incoming.descriptors[descriptors.first_handle + i];
-    if (!slot) ++incoming.received;
-    slot = std::move(descriptors.descriptors[i]);
+  Incoming* incoming = IncomingOf(descriptors.grant);
+  if (incoming == nullptr) return;
+  uint64_t ordinal = descriptors.first_handle;
+  for (UniqueFd& descriptor : descriptors.descriptors) {
+    incoming->descriptors[ordinal++] = std::move(descriptor);
   }
   DeliverIfComplete(descriptors.grant);
 }
 
-Session::Incoming& Session::IncomingOf(GrantId grant) {
+Session::Incoming* Session::IncomingOf(GrantId grant) {
   auto [it, first] = incoming_.try_emplace(grant);
   if (first) {
+    if (incoming_.size() > kMaxIncoming) {
+      BreakOff("it left too many grants incomplete");
+      return nullptr;
+    }
     it->second.since = clock_.Now();
     MutexLock lock(&mu_);
     it->second.asked_by = Sequence(last_sequence_);
   }
-  return it->second;
+  return &it->second;
 }
 
 void Session::DeliverIfComplete(GrantId grant) {
@@ -429,13 +444,22 @@ void Session::DeliverIfComplete(GrantId grant) {
   Pool* pool = FindPool(incoming.granted->pool);
   const size_t handles = incoming.granted->pages.size() *
                          pool->options().geometry.handles_per_page;
-  if (incoming.received < handles) return;
+  if (!incoming.descriptors.empty() &&
+      incoming.descriptors.rbegin()->first >= handles) {
+    return BreakOff("it sent descriptors beyond their grant");
+  }
+  if (incoming.descriptors.size() < handles) return;
   Incoming complete = std::move(incoming);
   incoming_.erase(it);
   delivered_.push_back(grant);
   if (delivered_.size() > kRememberDelivered) delivered_.pop_front();
   Answered(complete.granted->sequence);
-  pool->OnGranted(*complete.granted, std::move(complete.descriptors));
+  std::vector<UniqueFd> descriptors;
+  descriptors.reserve(handles);
+  for (auto& [ordinal, descriptor] : complete.descriptors) {
+    descriptors.push_back(std::move(descriptor));
+  }
+  pool->OnGranted(*complete.granted, std::move(descriptors));
 }
 
 absl::Time Session::AskForMissing() {
@@ -471,9 +495,17 @@ std::vector<Sequence> Session::Unanswered(Sequence last) {
   return {unanswered_.begin(), unanswered_.upper_bound(last)};
 }
 
+void Session::BreakOff(std::string_view what) {
+  broken_off_ = true;
+  Process(Disconnected{absl::InternalError(
+      absl::StrCat("the broker broke the protocol: ",
+                   absl::string_view(what.data(), what.size())))});
+}
+
 void Session::Process(const Disconnected& disconnected) {
   incoming_.clear();
   delivered_.clear();  // another broker counts its grants anew
+  pool_by_id_.clear();
   away_ = true;
   open_by_ = absl::InfiniteFuture();
   const absl::Time now = clock_.Now();

@@ -19,6 +19,12 @@
 //                        |                      +---+ backoff          v
 //                        +--- Opened; Resume, page by page ------ RESUMING
 //
+// A broker's word is not taken for more than it can be. Pages that were not
+// asked for are not mapped, and it is told that they failed. What makes no
+// sense at all (Opened twice or not of these pools, descriptors beyond their
+// grant, grants without end that are never whole) ends the conversation as if
+// the broker were gone.
+//
 // Threads: safe. Destroy it before the process ends, with the engine's threads
 // out of its pools: it unmaps and returns everything.
 #ifndef KVBROKER_CLIENT_SESSION_SESSION_H_
@@ -33,6 +39,7 @@
 #include <optional>
 #include <set>
 #include <string>
+#include <string_view>
 #include <thread>
 #include <utility>
 #include <variant>
@@ -138,8 +145,7 @@ class Session : public PoolSession, public LinkListener {
   // A grant whose message and descriptors have not all come.
   struct Incoming {
     std::optional<Granted> granted;
-    std::vector<UniqueFd> descriptors;
-    size_t received = 0;
+    std::map<uint64_t, UniqueFd> descriptors;  // by ordinal
     absl::Time since;
     Sequence asked_by;  // the last one when its first part came
   };
@@ -163,7 +169,8 @@ class Session : public PoolSession, public LinkListener {
   // Where the session is away: tries to come back when it is time. Says when to
   // call again.
   absl::Time Reconnect();
-  Incoming& IncomingOf(GrantId grant);
+  // Null where the broker was broken with over it.
+  Incoming* IncomingOf(GrantId grant);
   void DeliverIfComplete(GrantId grant);
   absl::Time AskForMissing();
   // The answer has arrived, with all that belongs to it.
@@ -171,6 +178,8 @@ class Session : public PoolSession, public LinkListener {
   // Of the questions up to `last`.
   std::vector<Sequence> Unanswered(Sequence last);
   Pool* FindPool(PoolId id);
+  // The broker did what no broker does: it is not listened to any more.
+  void BreakOff(std::string_view what);
 
   const SessionOptions options_;
   Clock& clock_;
@@ -183,6 +192,7 @@ class Session : public PoolSession, public LinkListener {
   std::map<GrantId, Incoming> incoming_;
   std::deque<GrantId> delivered_;  // lately: what comes again is dropped
   uint64_t limit_revision_ = 0;
+  bool broken_off_ = false;  // with the broker of this link
   // AWAY, and since when RESUMING waits for Opened.
   bool away_ = false;
   absl::Time try_at_ = absl::InfinitePast();
