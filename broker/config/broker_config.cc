@@ -195,6 +195,19 @@ const std::vector<Setting>& Settings() {
       Text("lock_dir", "a directory",
            "Where brokers of one device see each other, of whatever user.",
            &BrokerConfig::lock_dir),
+      Text("state_dir", "a directory, or none",
+           "What outlives a restart: limits, and who was connected; "
+           "/var/lib/kvbroker for root, else the user's own.",
+           &BrokerConfig::state_dir),
+      {"resume_grace", kDuration,
+       "After a restart no memory is granted until the engines of before have "
+       "said what they hold, for so long at most.",
+       [](const std::string& value, BrokerConfig& config) {
+         return ReadDuration(value, config.resume_grace);
+       },
+       [](const BrokerConfig& config) {
+         return absl::FormatDuration(config.resume_grace);
+       }},
       PolicyTime("policy.reclaim_patience",
                  "A claim below its share waits so long before others preempt.",
                  &PolicyConfig::patience),

@@ -45,6 +45,9 @@ struct BrokerConfig {
   std::vector<uint32_t> allow_uids;
   std::string tenant_by = "uid_pidns";
   std::string lock_dir;  // empty: where all users of the machine look
+  // empty: /var/lib/kvbroker for root, else the user's own; "none": none
+  std::string state_dir;
+  absl::Duration resume_grace = absl::Seconds(5);
   PolicyConfig policy;
   std::string log_level = "info";
   std::string log_file;  // besides stderr; empty: none

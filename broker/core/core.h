@@ -71,8 +71,10 @@ struct CoreOptions {
   // nothing is granted: what looks free may be theirs.
   Remembered remembered;
   absl::Duration resume_grace = absl::Seconds(5);
-  // Called (without the lock) when Remember says something new.
-  std::function<void()> remember;
+  // Called (without the lock) when Remember says something new. With `wait`
+  // somebody is about to be told of it, and it is kept when the call returns,
+  // or cannot be.
+  std::function<void(bool wait)> remember;
   // Called (without the lock) when RunDue has to run earlier than it last said.
   std::function<void()> wake;
   // One line an event: "grant instance=a pages=3 ...". Without the lock.

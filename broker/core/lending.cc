@@ -33,7 +33,7 @@ void Core::Run(Actions actions) {
       if (!claims_.empty()) Arbitrate(next);
     }
     for (const std::string& line : actions.log) options_.log(line);
-    if (actions.remember) options_.remember();
+    if (actions.remember) options_.remember(/*wait=*/false);
     actions = std::move(next);
   }
   bool wake;

@@ -222,12 +222,12 @@ absl::StatusOr<InstanceStatus> Core::SetPolicy(const InstanceSelector& which,
     instance.weight = weight;
     instance.set_by_operator = true;
     watched_.insert({instance.tenant, instance.name});
-    actions.remember = true;
     AnnounceLimits(instance, actions);
     Arbitrate(actions);
     status = StatusOf(instance, TakeSnapshot());
   }
   Run(std::move(actions));
+  options_.remember(/*wait=*/true);
   return status;
 }
 

@@ -68,7 +68,7 @@ class ResumeTest : public ::testing::Test {
     options.capacity = capacity;
     options.incarnation = ++incarnation_;
     options.remembered = std::move(remembered);
-    options.remember = [this] { ++remembers_; };
+    options.remember = [this](bool) { ++remembers_; };
     options.log = [this](std::string_view line) { log_.emplace_back(line); };
     core_ = *Core::Create(std::move(options));
   }

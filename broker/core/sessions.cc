@@ -98,7 +98,7 @@ absl::StatusOr<std::unique_ptr<Core>> Core::Create(CoreOptions options) {
                    FormatBytes(options.capacity));
   }
   if (!options.wake) options.wake = [] {};
-  if (!options.remember) options.remember = [] {};
+  if (!options.remember) options.remember = [](bool) {};
   if (!options.log) options.log = [](std::string_view) {};
   std::unique_ptr<Core> core(new Core(std::move(options)));
   Actions actions;
@@ -293,8 +293,9 @@ absl::StatusOr<SessionId> Core::OpenSession(
         "open session=", id.value(), " instance=", name, " tenant=",
         peer.tenant, " pid=", peer.pid, " pools=", open.pools.size(),
         " min=", instance.min.count(), " max=", instance.max.count()));
-    actions.remember = true;
   }
+  // Whom the next broker does not know it takes no pages from.
+  options_.remember(/*wait=*/true);
   const uint64_t told = opened.limit_revision;
   listener->Tell(std::move(opened));
   {

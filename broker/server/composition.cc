@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <grp.h>
+#include <sys/epoll.h>
 #include <sys/random.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
@@ -9,7 +10,9 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <filesystem>
 #include <future>
+#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -29,6 +32,8 @@ namespace {
 // Exported and unread ones of all sessions; the kernel counts those of a user
 // against the limit of open files, beyond which nobody gets any.
 constexpr uint64_t kMaxDescriptorWindow = 4096;
+// How long an answer is held back for what it says to be kept on disk.
+constexpr absl::Duration kStateWait = absl::Milliseconds(200);
 // For calls that are under way when the broker stops.
 constexpr absl::Duration kStopGrace = absl::Milliseconds(100);
 
@@ -97,6 +102,38 @@ std::string SocketDirectory(const BrokerConfig& config) {
                         : client::UserSocketDirectory(std::getenv);
 }
 
+// Empty: no state is kept.
+std::string StateDirectory(const BrokerConfig& config) {
+  if (config.state_dir == "none") return "";
+  if (!config.state_dir.empty()) return config.state_dir;
+  if (geteuid() == 0) return "/var/lib/kvbroker";
+  if (const char* state = std::getenv("XDG_STATE_HOME");
+      state != nullptr && *state == '/') {
+    return absl::StrCat(state, "/kvbroker");
+  }
+  if (const char* home = std::getenv("HOME");
+      home != nullptr && *home == '/') {
+    return absl::StrCat(home, "/.local/state/kvbroker");
+  }
+  return "";
+}
+
+// What the last broker of the device left. NOT_FOUND: nothing.
+absl::StatusOr<BrokerState> LoadState(const BrokerConfig& config,
+                                      const std::string& device,
+                                      std::optional<StateFile>& file) {
+  const std::string directory = StateDirectory(config);
+  if (directory.empty()) return absl::NotFoundError("no state is kept");
+  std::error_code ignored;  // Create says what is wrong
+  std::filesystem::create_directories(
+      std::filesystem::path(directory).parent_path(), ignored);
+  absl::StatusOr<StateFile> created =
+      StateFile::Create(absl::StrCat(directory, "/", device, ".state"));
+  if (!created.ok()) return created.status();
+  file = *std::move(created);
+  return file->Load();
+}
+
 std::vector<std::string> LockDirectories(const BrokerConfig& config) {
   if (!config.lock_dir.empty()) return {config.lock_dir};
   return DefaultLockDirectories();
@@ -116,7 +153,8 @@ absl::StatusOr<std::unique_ptr<RunningBroker>> RunningBroker::Start(
   ASSIGN_OR_RETURN(const TenantBy tenant_by, ParseTenantBy(config.tenant_by));
   ASSIGN_OR_RETURN(const std::optional<uint32_t> group,
                    ResolveGroup(config.socket_group));
-  ASSIGN_OR_RETURN(const uint64_t incarnation, RandomIncarnation());
+  ASSIGN_OR_RETURN(self->incarnation_, RandomIncarnation());
+  const uint64_t incarnation = self->incarnation_;
   ASSIGN_OR_RETURN(self->log_,
                    EventLog::Create({.level = level,
                                      .to_stderr = self->options_.log_to_stderr,
@@ -149,6 +187,16 @@ absl::StatusOr<std::unique_ptr<RunningBroker>> RunningBroker::Start(
                    UnixListener::Bind(self->address_.descriptor_path,
                                       SOCK_SEQPACKET, access));
 
+  // After the lock: the last one has written all it had to say.
+  const absl::StatusOr<BrokerState> state =
+      LoadState(config, device.device_uuid, self->state_file_);
+  if (!state.ok() && !absl::IsNotFound(state.status())) {
+    log->Write(LogLevel::kError,
+               absl::StrCat("state-not-read error=\"", state.status().message(),
+                            "\" (limits that operators set before are not in "
+                            "force)"));
+  }
+
   const auto [first_number, last_number] =
       ConnectionTable::NumberRange(descriptor_limit);
   self->connections_ = std::make_unique<ConnectionTable>(
@@ -165,6 +213,14 @@ absl::StatusOr<std::unique_ptr<RunningBroker>> RunningBroker::Start(
       .incarnation = incarnation,
       .descriptor_window = static_cast<uint32_t>(
           std::min(kMaxDescriptorWindow, descriptor_limit / 2)),
+      .remembered = self->Recall(state),
+      .resume_grace = config.resume_grace,
+      .remember =
+          [broker = self.get()](bool wait) {
+            if (broker->state_keeper_ == nullptr) return;
+            broker->state_keeper_->Changed();
+            if (wait) broker->state_keeper_->Wait(kStateWait);
+          },
       .wake = [broker = self.get()] { broker->WakeCore(); },
   };
   if (log->Wants(LogLevel::kInfo)) {
@@ -177,6 +233,16 @@ absl::StatusOr<std::unique_ptr<RunningBroker>> RunningBroker::Start(
   const auto warn = [log](std::string_view line) {
     log->Write(LogLevel::kWarn, line);
   };
+  if (self->state_file_) {
+    self->state_keeper_ = std::make_unique<StateKeeper>(StateKeeper::Options{
+        .save =
+            [file = &*self->state_file_](const BrokerState& state) {
+              return file->Save(state);
+            },
+        .state = [broker = self.get()] { return broker->StateToSave(); },
+        .log = warn});
+    self->state_keeper_->Changed();
+  }
   Admission admission = {.broker_uid = geteuid(), .uids = config.allow_uids};
   if (group) admission.groups.push_back(*group);
   self->server_ =
@@ -219,6 +285,7 @@ absl::StatusOr<std::unique_ptr<RunningBroker>> RunningBroker::Start(
            .log = warn},
           std::move(rpc), std::move(descriptors)));
 
+  self->WatchExpected();
   self->loop_->Post([broker = self.get()] {
     broker->RunCore();
     broker->UpdateIdleTimer();
@@ -233,7 +300,10 @@ absl::StatusOr<std::unique_ptr<RunningBroker>> RunningBroker::Start(
   return self;
 }
 
-RunningBroker::~RunningBroker() { Stop(); }
+RunningBroker::~RunningBroker() {
+  Stop();
+  state_keeper_.reset();  // reads the core
+}
 
 void RunningBroker::Stop() {
   // Start may have failed half way.
@@ -248,10 +318,97 @@ void RunningBroker::Stop() {
     });
     gone.get_future().wait();
     core_->Drain();
+    // Before the sessions end: those who are connected now will come back.
+    if (state_keeper_ != nullptr) state_keeper_->Finish();
     server_->Stop(kStopGrace);
     loop_->Stop();
     log_->Write(LogLevel::kInfo,
                 "kvbrokerd stopped: engines run on with what they hold");
+  }
+}
+
+Remembered RunningBroker::Recall(const absl::StatusOr<BrokerState>& state) {
+  Remembered remembered;
+  if (!state.ok()) {
+    // Whoever was connected is not known. Where there was a record, somebody
+    // may have been.
+    remembered.incomplete = true;
+    remembered.hold = absl::IsDataLoss(state.status()) ||
+                      absl::IsFailedPrecondition(state.status());
+    return remembered;
+  }
+  const absl::Time now = absl::Now();
+  for (const SavedLimits& saved : state->limits) {
+    remembered.limits.push_back(
+        {.tenant = saved.tenant,
+         .name = saved.name,
+         .min = saved.min,
+         .max = saved.max,
+         .weight = saved.weight,
+         .revision = saved.revision,
+         // Who was connected has until now had a process.
+         .unused_for = saved.unused_since == absl::InfiniteFuture()
+                           ? absl::ZeroDuration()
+                           : std::max(now - saved.unused_since,
+                                      absl::ZeroDuration())});
+  }
+  for (const SavedSession& saved : state->sessions) {
+    RememberedSession session = {.peer = {.tenant = saved.tenant,
+                                          .pid = saved.pid,
+                                          .start_time = saved.start_time,
+                                          .process_inode = saved.process_inode},
+                                 .instance = saved.instance,
+                                 .member = saved.member,
+                                 .rank = saved.rank};
+    if (saved.pid != 0) {
+      UniqueFd process = OpenProcess(saved.pid, saved.start_time);
+      if (!process) continue;  // died meanwhile
+      expected_.emplace_back(session.peer, std::move(process));
+    }
+    remembered.sessions.push_back(std::move(session));
+  }
+  return remembered;
+}
+
+BrokerState RunningBroker::StateToSave() {
+  const Remembered remembered = core_->Remember();
+  BrokerState state = {.incarnation = incarnation_};
+  const absl::Time now = absl::Now();
+  for (const RememberedLimits& limits : remembered.limits) {
+    state.limits.push_back({.tenant = limits.tenant,
+                            .name = limits.name,
+                            .min = limits.min,
+                            .max = limits.max,
+                            .weight = limits.weight,
+                            .revision = limits.revision,
+                            .unused_since =
+                                limits.unused_for == absl::ZeroDuration()
+                                    ? absl::InfiniteFuture()
+                                    : now - limits.unused_for});
+  }
+  for (const RememberedSession& session : remembered.sessions) {
+    state.sessions.push_back({.tenant = session.peer.tenant,
+                              .instance = session.instance,
+                              .member = session.member,
+                              .rank = session.rank,
+                              .pid = session.peer.pid,
+                              .start_time = session.peer.start_time,
+                              .process_inode = session.peer.process_inode});
+  }
+  return state;
+}
+
+void RunningBroker::WatchExpected() {
+  for (const auto& [peer, process] : expected_) {
+    absl::StatusOr<EventLoop::WatchId> watch = loop_->WatchOnce(
+        process.get(), EPOLLIN,
+        [core = core_.get(), peer = peer](uint32_t) {
+          core->ExpectedGone(peer);
+        });
+    // Without a watch the grace ends the wait.
+    if (!watch.ok()) {
+      log_->Write(LogLevel::kWarn, std::string(watch.status().message()));
+    }
   }
 }
 

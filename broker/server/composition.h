@@ -6,13 +6,15 @@
 //                         -> DescriptorConnection
 //   all of them -> Core -> backend
 //   Core, AcceptLoop, SessionService -> EventLog
+//   Core -> StateKeeper -> state file
 //
 //   ASSIGN_OR_RETURN(auto broker, RunningBroker::Start(config, {}));
 //   log(broker->description());
 //   ...
 //   broker->Stop();
 //
-// Threads: the event loop's, the log's, and gRPC's few; Start and Stop are the
+// Threads: the event loop's, the log's, the state's, and gRPC's few; Start and
+// Stop are the
 // owner's. While nobody is connected gRPC rests, and no thread wakes up.
 #ifndef KVBROKER_BROKER_SERVER_COMPOSITION_H_
 #define KVBROKER_BROKER_SERVER_COMPOSITION_H_
@@ -22,6 +24,8 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "broker/config/broker_config.h"
@@ -29,6 +33,9 @@
 #include "broker/device/backend.h"
 #include "broker/device/backend_factory.h"
 #include "broker/server/device_lock.h"
+#include "broker/server/state_keeper.h"
+#include "broker/state/broker_state.h"
+#include "broker/state/state_file.h"
 #include "broker/telemetry/event_log.h"
 #include "broker/transport/accept_loop.h"
 #include "broker/transport/connection_table.h"
@@ -77,6 +84,12 @@ class RunningBroker {
  private:
   RunningBroker() = default;
 
+  // What the last broker left, as far as it still matters.
+  Remembered Recall(const absl::StatusOr<BrokerState>& state);
+  BrokerState StateToSave();
+  // Tells the core of expected processes that end before they come back.
+  void WatchExpected();
+
   // Runs what the core has due, and has itself called again in time.
   void RunCore();
   void WakeCore();
@@ -94,9 +107,14 @@ class RunningBroker {
   std::unique_ptr<EventLog> log_;
   ChosenBackend backend_;
   std::optional<DeviceLock> lock_;
+  uint64_t incarnation_ = 0;
+  std::optional<StateFile> state_file_;
   std::unique_ptr<ConnectionTable> connections_;
   Rendezvous rendezvous_;
   std::unique_ptr<EventLoop> loop_;
+  // Expected of before, and the pidfds they are watched by.
+  std::vector<std::pair<Peer, UniqueFd>> expected_;
+  std::unique_ptr<StateKeeper> state_keeper_;  // set before anybody connects
   std::unique_ptr<Core> core_;
   std::unique_ptr<GrpcServer> server_;
   std::unique_ptr<AcceptLoop> accept_;

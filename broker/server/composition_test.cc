@@ -94,6 +94,7 @@ class CompositionTest : public testing::Test {
     config_.capacity.bytes = MiB(64);
     config_.socket_dir = folder_ / "sockets";
     config_.lock_dir = folder_ / "locks";
+    config_.state_dir = folder_ / "state";
     config_.log_file = folder_ / "log";
     config_.log_level = "debug";
   }

@@ -19,7 +19,8 @@ start() {
   rm -f "$DIR/ready"
   mkfifo "$DIR/ready"
   "$KVBROKERD" --backend host --capacity 16M --device-uuid "$device" \
-    --socket-dir "$DIR/sockets" --lock-dir "$DIR/locks" --ready-fd 7 "$@" \
+    --socket-dir "$DIR/sockets" --lock-dir "$DIR/locks" \
+    --state-dir "$DIR/state" --ready-fd 7 "$@" \
     7>"$DIR/ready" 2>>"$DIR/log" &
   pid=$!
   read -r ready <"$DIR/ready" || fail "no line on the ready descriptor"

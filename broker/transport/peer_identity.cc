@@ -201,6 +201,18 @@ bool SameProcess(const PeerIdentity& a, const PeerIdentity& b) {
   return a.start_time == b.start_time || a.start_time == 0 || b.start_time == 0;
 }
 
+UniqueFd OpenProcess(uint32_t pid, uint64_t start_time) {
+  PeerIdentity peer;
+  peer.pid = pid;
+  OpenPidfd(peer);
+  // Read again: the pidfd is of whoever has the number now.
+  if (!peer.pidfd || ProcessHasExited(peer.pidfd.get()) ||
+      StartTime(pid) != start_time) {
+    return UniqueFd();
+  }
+  return std::move(peer.pidfd);
+}
+
 bool ProcessHasExited(int pidfd) {
   pollfd state = {.fd = pidfd, .events = POLLIN, .revents = 0};
   return poll(&state, 1, 0) == 1;

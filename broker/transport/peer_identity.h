@@ -75,6 +75,10 @@ absl::Status AdoptPidfd(UniqueFd pidfd, PeerIdentity& peer);
 // here only the uid.
 bool SameProcess(const PeerIdentity& a, const PeerIdentity& b);
 
+// A pidfd of the process with this number and start time (in clock ticks);
+// empty where it is gone.
+UniqueFd OpenProcess(uint32_t pid, uint64_t start_time);
+
 // Whether the pidfd's process has exited (a zombie has).
 bool ProcessHasExited(int pidfd);
 

@@ -72,6 +72,7 @@ def running_broker(
             # Never the device of a real broker, nor of another demo.
             f"--device-uuid=DEMO-{uuid.uuid4()}",
             f"--lock-dir={locks}",
+            "--state-dir=none",
             f"--ready-fd={ready_writer}",
             *request_time_flags(speedup),
         ]

@@ -11,6 +11,7 @@ trap 'kill $(jobs -p) 2>/dev/null; wait 2>/dev/null; rm -rf "$WORK"' EXIT
 
 bazel-bin/broker/server/kvbrokerd --backend host --device-uuid "IDLE-$$" \
   --capacity 256M --socket-dir "$WORK/sockets" --lock-dir "$WORK/locks" \
+  --state-dir none \
   2>"$WORK/broker.log" &
 BROKER=$!
 until bazel-bin/client/cli/kvctl --address "$WORK/sockets" list >/dev/null 2>&1; do

@@ -57,7 +57,8 @@ kvctl() { "$KVCTL" --address "$ADDRESS" "$@"; }
 
 start_broker() {
   start broker "$KVBROKERD" --backend host --device-uuid "TEST-$$" \
-    --socket-dir "$ADDRESS" --lock-dir "$WORK/locks" "$@"
+    --socket-dir "$ADDRESS" --lock-dir "$WORK/locks" \
+    --state-dir "$WORK/state" "$@"
   BROKER=$LAST
   eventually 20 kvctl list >/dev/null 2>&1 || fail "the broker does not answer"
 }
