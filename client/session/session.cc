@@ -19,9 +19,13 @@ constexpr size_t kRememberDelivered = 256;
 constexpr size_t kMaxIncoming = 1024;
 constexpr absl::Duration kLeaveWithin = absl::Seconds(1);
 constexpr int kFencedExitStatus = 86;
-// Between attempts to connect again; each failure doubles it.
-constexpr absl::Duration kFirstBackoff = absl::Milliseconds(10);
-constexpr absl::Duration kLastBackoff = absl::Milliseconds(500);
+// Attempts to connect again come at a quarter of the time away, within these:
+// who is away for long is in no hurry, and costs nothing.
+constexpr absl::Duration kShortestPause = absl::Milliseconds(10);
+constexpr absl::Duration kLongestPause = absl::Milliseconds(500);
+// A session that was open for less goes on being away, so that a broker that
+// opens sessions only to end them is not pressed.
+constexpr absl::Duration kWasOpen = absl::Milliseconds(500);
 // What a message may hold (proto/convert.h).
 constexpr size_t kPagesPerMessage = 16384;
 
@@ -364,6 +368,12 @@ void Session::DropLink() {
   events_.clear();
 }
 
+absl::Time Session::PauseBeforeReconnect() {
+  const absl::Time now = clock_.Now();
+  return try_at_ = now + std::clamp((now - away_since_) / 4, kShortestPause,
+                                    kLongestPause);
+}
+
 absl::Time Session::Reconnect() {
   if (connect_ == nullptr) return absl::InfiniteFuture();
   const absl::Time now = clock_.Now();
@@ -386,8 +396,7 @@ absl::Time Session::Reconnect() {
   DropLink();
   absl::StatusOr<Connection> connection = connect_();
   if (!connection.ok()) {
-    backoff_ = std::clamp(backoff_ * 2, kFirstBackoff, kLastBackoff);
-    return try_at_ = clock_.Now() + backoff_;
+    return PauseBeforeReconnect();
   }
   away_ = false;
   broken_off_ = false;
@@ -508,12 +517,8 @@ void Session::Process(const Disconnected& disconnected) {
   pool_by_id_.clear();
   away_ = true;
   open_by_ = absl::InfiniteFuture();
-  const absl::Time now = clock_.Now();
-  // Who opens the session only to end it again is not pressed.
-  backoff_ = now - opened_at_ > kLastBackoff
-                 ? kFirstBackoff
-                 : std::clamp(backoff_ * 2, kFirstBackoff, kLastBackoff);
-  try_at_ = now + backoff_;
+  if (clock_.Now() - opened_at_ > kWasOpen) away_since_ = clock_.Now();
+  PauseBeforeReconnect();
   absl::Status why = disconnected.why.ok()
                          ? absl::UnavailableError("the broker is gone")
                          : disconnected.why;

@@ -16,7 +16,7 @@
 //
 //   OPENING --Opened--> OPEN --disconnected--> AWAY --connected, Open--+
 //                        ^                      ^  \                   |
-//                        |                      +---+ backoff          v
+//                        |                      +---+ nobody there     v
 //                        +--- Opened; Resume, page by page ------ RESUMING
 //
 // A broker's word is not taken for more than it can be. Pages that were not
@@ -169,6 +169,8 @@ class Session : public PoolSession, public LinkListener {
   // Where the session is away: tries to come back when it is time. Says when to
   // call again.
   absl::Time Reconnect();
+  // When it is time.
+  absl::Time PauseBeforeReconnect();
   // Null where the broker was broken with over it.
   Incoming* IncomingOf(GrantId grant);
   void DeliverIfComplete(GrantId grant);
@@ -196,7 +198,7 @@ class Session : public PoolSession, public LinkListener {
   // AWAY, and since when RESUMING waits for Opened.
   bool away_ = false;
   absl::Time try_at_ = absl::InfinitePast();
-  absl::Duration backoff_;
+  absl::Time away_since_ = absl::InfinitePast();
   absl::Time opened_at_ = absl::InfinitePast();
   absl::Time open_by_ = absl::InfiniteFuture();
 

@@ -1,0 +1,284 @@
+"""A broker and its engines as processes, to be killed: what the programs here stand on.
+
+    with Fleet(options) as fleet:
+        fleet.start_broker()
+        engine = fleet.start_engine("a", trace="builtin:conv")
+        fleet.kill_broker(); fleet.start_broker()
+        fleet.await_agreement()
+
+What is true is asked of the kernel: how much an engine maps is read from its /proc/PID/maps,
+not from what it or the broker says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Callable, Iterator
+
+# Somebody who needs longer than this has hung.
+PATIENCE_S = 60.0
+
+
+class ChaosError(Exception):
+    """A promise was broken; the text says which."""
+
+
+@dataclasses.dataclass
+class Engine:
+    """A replay process: a real engine's scheduler and memory without its GPU."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log: pathlib.Path
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def mapped_bytes(self) -> int:
+        """Bytes of broker memory that the process maps, by the kernel's word."""
+        total = 0
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            for line in pathlib.Path(f"/proc/{self.pid}/maps").read_text().splitlines():
+                if "/memfd:kvbroker" in line:
+                    first, last = (int(x, 16) for x in line.split(" ", 1)[0].split("-"))
+                    total += last - first
+        return total
+
+    def check_ended_well(self) -> dict[str, object]:
+        """Its summary. Raises where it failed or its data was not what it had written."""
+        status = self.process.wait(PATIENCE_S)
+        text = self.log.read_text(errors="replace")
+        try:
+            summary = json.loads(text.splitlines()[-1])
+        except (IndexError, ValueError):
+            summary = {}
+        if status != 0 or summary.get("integrity_errors") != 0:
+            raise ChaosError(f"engine {self.name} (pid {self.pid}) ended with {status}: {text[-2000:]}")
+        return summary
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--bin", type=pathlib.Path, default=None, metavar="DIR",
+        help="where bazel has put the programs [bazel-bin of this checkout]",
+    )
+    parser.add_argument("--seed", type=int, default=None, help="of all chance [the clock]; printed")
+    parser.add_argument("--capacity", default="48M", help="what the broker may lend [48M]")
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="the counts, as JSON too")
+    parser.add_argument("--keep", action="store_true", help="leave the logs where they are")
+
+
+class Fleet:
+    """A broker, engines, and the folder they live in. Ends all of them when it is left."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        checkout = pathlib.Path(__file__).resolve().parents[2]
+        runfiles = os.environ.get("TEST_SRCDIR")
+        bin_dir = arguments.bin or (
+            pathlib.Path(runfiles) / os.environ["TEST_WORKSPACE"] if runfiles else checkout / "bazel-bin"
+        )
+        self._broker_program = bin_dir / "broker/server/kvbrokerd"
+        self._kvctl = bin_dir / "client/cli/kvctl"
+        self._replay = bin_dir / "client/replay/kvbroker-replay"
+        for program in (self._broker_program, self._kvctl, self._replay):
+            if not program.exists():
+                raise ChaosError(f"{program} is not there; run: bazel build //broker/... //client/...")
+        self._capacity = arguments.capacity
+        self._keep = arguments.keep
+        # Short: sockets live in it.
+        self.folder = pathlib.Path(tempfile.mkdtemp(prefix="kvb", dir="/tmp"))
+        self.sockets = self.folder / "sockets"
+        self._device = f"CHAOS-{os.getpid()}"
+        self.broker: subprocess.Popen[bytes] | None = None
+        self.broker_starts = 0
+        self.engines: list[Engine] = []
+        self._started = 0
+
+    def __enter__(self) -> Fleet:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: types.TracebackType | None,
+    ) -> None:
+        for engine in self.engines:
+            engine.process.kill()
+            engine.process.wait()
+        if self.broker is not None:
+            self.broker.kill()
+            self.broker.wait()
+        if kind is not None and issubclass(kind, Exception):
+            log = self.broker_log()
+            print(f"---- the broker's last lines, of {log}", file=sys.stderr)
+            with contextlib.suppress(OSError):
+                print("\n".join(log.read_text().splitlines()[-30:]), file=sys.stderr)
+        if self._keep:
+            print(f"logs are in {self.folder}")
+        else:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    # ---- the broker ----
+
+    def broker_log(self) -> pathlib.Path:
+        return self.folder / f"broker{self.broker_starts}.log"
+
+    def start_broker(self, *flags: str, program: pathlib.Path | None = None) -> None:
+        """Starts one and waits until it is ready."""
+        self.broker_starts += 1
+        # Of thousands of starts only the last few logs are of interest.
+        if self.broker_starts > 5 and not self._keep:
+            (self.folder / f"broker{self.broker_starts - 5}.log").unlink(missing_ok=True)
+        reader, writer = os.pipe()
+        with self.broker_log().open("wb") as log:
+            self.broker = subprocess.Popen(
+                [
+                    program or self._broker_program, "--backend=host",
+                    f"--device-uuid={self._device}", f"--capacity={self._capacity}",
+                    f"--socket-dir={self.sockets}", f"--lock-dir={self.folder / 'locks'}",
+                    f"--state-dir={self.folder / 'state'}", f"--ready-fd={writer}", *flags,
+                ],
+                stdout=log, stderr=log, pass_fds=[writer],
+            )
+        os.close(writer)
+        with os.fdopen(reader, "rb") as ready:
+            if not ready.readline().startswith(b"kvbrokerd ready"):
+                raise ChaosError(f"the broker does not start: {self.broker_log().read_text()[-2000:]}")
+
+    def kill_broker(self, sig: signal.Signals = signal.SIGKILL) -> None:
+        assert self.broker is not None
+        self.broker.send_signal(sig)
+        self.broker.wait(PATIENCE_S)
+        self.broker = None
+
+    def broker_descriptors(self) -> int:
+        assert self.broker is not None
+        return len(os.listdir(f"/proc/{self.broker.pid}/fd"))
+
+    def broker_memory_bytes(self) -> int:
+        assert self.broker is not None
+        status = pathlib.Path(f"/proc/{self.broker.pid}/status").read_text()
+        match = re.search(r"^RssAnon:\s+(\d+) kB$", status, re.MULTILINE)
+        assert match is not None
+        return int(match[1]) * 1024
+
+    def kvctl(self, *words: str, check: bool = True) -> str:
+        done = subprocess.run(
+            [self._kvctl, "--address", self.sockets, *words],
+            capture_output=True, text=True, timeout=PATIENCE_S, check=False,
+        )
+        if check and done.returncode != 0:
+            raise ChaosError(f"kvctl {' '.join(words)}: {done.stderr}")
+        return done.stdout
+
+    def instances(self) -> dict[str, dict[str, object]]:
+        """`kvctl list --json`, by name."""
+        return {instance["ipc"]: instance for instance in json.loads(self.kvctl("list", "--json"))}
+
+    # ---- engines ----
+
+    def start_engine(self, name: str, *flags: str, trace: str = "builtin:conv", seed: int = 1) -> Engine:
+        self._started += 1
+        log = self.folder / f"{name}.{self._started}.log"
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                [
+                    self._replay, "--name", name, "--address", self.sockets, "--trace", trace,
+                    "--seed", str(seed), "--json", *flags,
+                ],
+                stdout=out, stderr=out,
+            )
+        engine = Engine(name, process, log)
+        self.engines.append(engine)
+        return engine
+
+    def forget(self, engine: Engine) -> None:
+        """Of one that has ended."""
+        self.engines.remove(engine)
+        engine.log.unlink(missing_ok=True)
+
+    # ---- what must be so ----
+
+    def eventually(self, what: str, holds: Callable[[], bool], within_s: float = PATIENCE_S) -> float:
+        """Seconds until it held. Raises when it does not."""
+        start = time.monotonic()
+        while not holds():
+            if time.monotonic() - start > within_s:
+                raise ChaosError(f"not within {within_s:g} s: {what}; kvctl list: {self.kvctl('list', check=False)}")
+            time.sleep(0.005)
+        return time.monotonic() - start
+
+    def gone(self, pid: int) -> bool:
+        """No instance counts the process any more."""
+        return all(pid not in instance["pids"] for instance in self.instances().values())
+
+    def agreed(self, engine: Engine) -> bool:
+        """The broker's figure for the engine is what the kernel says, and stood still meanwhile."""
+
+        def held() -> object:
+            return self.instances().get(engine.name, {}).get("held_bytes")
+
+        before = held()
+        mapped = engine.mapped_bytes()
+        return before == mapped and held() == before
+
+    def await_agreement(self) -> None:
+        for engine in self.engines:
+            if engine.alive():
+                self.eventually(
+                    f"the ledger agrees with what {engine.name} maps, {engine.mapped_bytes()} bytes",
+                    lambda engine=engine: not engine.alive() or self.agreed(engine),
+                )
+
+    def await_empty(self, remembered: tuple[str, ...] = ()) -> None:
+        """Nobody is connected and nothing is lent; only the limits of some are remembered."""
+
+        def empty() -> bool:
+            listed = self.instances()
+            return set(listed) <= set(remembered) and not any(
+                instance["pids"] or instance["held_bytes"] for instance in listed.values()
+            )
+
+        self.eventually("nobody is connected and nothing is lent", empty)
+
+
+@contextlib.contextmanager
+def reported() -> Iterator[None]:
+    """Turns broken promises and Ctrl-C into an exit status."""
+    try:
+        yield
+    except ChaosError as error:
+        print(f"FAILED: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+class Progress:
+    """A line now and then, on a terminal and in a log alike."""
+
+    def __init__(self, every_s: float = 10.0) -> None:
+        self._every_s = every_s
+        self._last = time.monotonic()
+
+    def say(self, line: str) -> None:
+        if time.monotonic() - self._last >= self._every_s:
+            self._last = time.monotonic()
+            print(line, flush=True)
