@@ -522,14 +522,18 @@ absl::Status Core::TakeBack(SessionState& session, PoolId pool_id,
   PoolState& state = pools_.at(pool_id);
   std::vector<HandleRef> handles;
   PageCount returned = 0, reported = 0;
+  // All or none: what was taken out would be nobody's after a failure.
+  for (PageName name : pages) {
+    const LedgerPage* page = ledger_.FindPage(*pool, name);
+    if (page != nullptr && page->state == PageState::kMaking) {
+      return absl::FailedPreconditionError(absl::StrCat(
+          "return: page ", name.index.value(), " has not been granted yet"));
+    }
+  }
   for (PageName name : pages) {
     LedgerPage* page = ledger_.FindPage(*pool, name);
     if (page == nullptr) continue;  // an old generation: said before
     if (page->state == PageState::kMapped) ++reported;
-    if (page->state == PageState::kMaking) {
-      return absl::FailedPreconditionError(absl::StrCat(
-          "return: page ", name.index.value(), " has not been granted yet"));
-    }
     auto grant = session.unmapped.find(page->grant);
     if (grant != session.unmapped.end() &&
         ++grant->second.returned == grant->second.pages.size()) {
