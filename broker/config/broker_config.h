@@ -47,7 +47,8 @@ struct BrokerConfig {
   std::string lock_dir;  // empty: where all users of the machine look
   PolicyConfig policy;
   std::string log_level = "info";
-  std::string log_file;  // besides stderr; empty: none
+  std::string log_file;      // besides stderr; empty: none
+  std::string history_file;  // empty: none
   absl::Duration idle_exit = absl::InfiniteDuration();
 };
 

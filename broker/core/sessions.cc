@@ -104,6 +104,10 @@ absl::StatusOr<std::unique_ptr<Core>> Core::Create(CoreOptions options) {
   Actions actions;
   {
     MutexLock lock(&core->mu_);
+    if (auto* event = core->Record(HistoryEvent::Kind::kStart, actions)) {
+      event->incarnation = core->options_.incarnation;
+      event->capacity = core->ledger_.capacity();
+    }
     core->Restore(core->options_.remembered, actions);
   }
   core->Run(std::move(actions));
@@ -294,6 +298,14 @@ absl::StatusOr<SessionId> Core::OpenSession(
         peer.tenant, " pid=", peer.pid, " pools=", open.pools.size(),
         " min=", instance.min.count(), " max=", instance.max.count()));
     actions.remember = true;
+    if (auto* event = Record(HistoryEvent::Kind::kOpen, instance, actions)) {
+      event->session = id;
+      event->pid = peer.pid;
+      for (PoolId pool : session.pools) {
+        event->pools.push_back(
+            {pool, ledger_.FindPool(pool)->geometry.page_bytes()});
+      }
+    }
   }
   const uint64_t told = opened.limit_revision;
   listener->Tell(std::move(opened));
@@ -521,6 +533,7 @@ absl::Status Core::TakeBack(SessionState& session, PoolId pool_id,
   ASSIGN_OR_RETURN(LedgerPool * pool, OwnPool(session, pool_id));
   PoolState& state = pools_.at(pool_id);
   std::vector<HandleRef> handles;
+  std::vector<PageName> removed;
   PageCount returned = 0, reported = 0;
   // All or none: what was taken out would be nobody's after a failure.
   for (PageName name : pages) {
@@ -544,6 +557,7 @@ absl::Status Core::TakeBack(SessionState& session, PoolId pool_id,
     for (HandleRef& handle : ledger_.Remove(*pool, name)) {
       handles.push_back(std::move(handle));
     }
+    removed.push_back(name);
     ++returned;
   }
   if (returned == 0) return absl::OkStatus();
@@ -559,6 +573,10 @@ absl::Status Core::TakeBack(SessionState& session, PoolId pool_id,
       "return session=", session.id.value(), " pool=", pool_id.value(),
       " pages=", returned, " held=", pool->held()));
   Recycle(ledger_.FindSession(session.id)->tenant, std::move(handles), actions);
+  if (auto* event = Record(HistoryEvent::Kind::kBack, *pool, actions)) {
+    event->pages = std::move(removed);
+    event->why = "returned";
+  }
   Arbitrate(actions);
   return absl::OkStatus();
 }
@@ -670,6 +688,9 @@ void Core::HungUp(SessionId id) {
 void Core::HangUp(SessionState& session, Actions& actions) {
   const SessionId id = session.id;
   session.connected = false;
+  if (auto* event = Record(HistoryEvent::Kind::kHangUp, actions)) {
+    event->session = id;
+  }
   DropClaims(id);
   session.to_send.clear();
   TakeBackUnsent(session, actions);
@@ -693,11 +714,17 @@ void Core::TakeBackUnsent(SessionState& session, Actions& actions) {
       continue;
     }
     LedgerPool& pool = *ledger_.FindPool(grant.pool);
+    std::vector<PageName> removed;
     for (PageName page : grant.pages) {
       if (ledger_.FindPage(pool, page) == nullptr) continue;
       for (HandleRef& handle : ledger_.Remove(pool, page)) {
         handles.push_back(std::move(handle));
       }
+      removed.push_back(page);
+    }
+    if (auto* event = Record(HistoryEvent::Kind::kBack, pool, actions)) {
+      event->pages = std::move(removed);
+      event->why = "never sent";
     }
     it = session.unmapped.erase(it);
   }
@@ -724,10 +751,12 @@ void Core::EraseSession(SessionId id, std::string_view why, Actions& actions) {
   const std::string tenant = session.tenant;
   const Ledger::InstanceKey key = session.instance;
   actions.remember = true;
+  const uint32_t pid = session.pid;
+  const Bytes held = session.held;
   actions.log.push_back(
       absl::StrCat("gone session=", id.value(), " instance=", key.second,
-                   " pid=", session.pid, " freed=", session.held.count(),
-                   " why=\"", absl::string_view(why.data(), why.size()), "\""));
+                   " pid=", pid, " freed=", held.count(), " why=\"",
+                   absl::string_view(why.data(), why.size()), "\""));
   for (PoolId pool : session.pools) {
     pools_.erase(pool);
     ordered_.erase(pool);
@@ -736,6 +765,12 @@ void Core::EraseSession(SessionId id, std::string_view why, Actions& actions) {
   sessions_.erase(id);
   Recycle(tenant, std::move(handles), actions);
   LedgerInstance* instance = ledger_.FindInstance(key);
+  if (auto* event = Record(HistoryEvent::Kind::kGone, *instance, actions)) {
+    event->session = id;
+    event->pid = pid;
+    event->bytes = held;
+    event->why = why;
+  }
   if (!instance->sessions.empty()) return;
   if (instance->set_by_operator) {
     watched_.insert(key);  // remembered for a while

@@ -6,6 +6,7 @@
 //                         -> DescriptorConnection
 //   all of them -> Core -> backend
 //   Core, AcceptLoop, SessionService -> EventLog
+//   Core -> HistoryFile, where one is configured
 //
 //   ASSIGN_OR_RETURN(auto broker, RunningBroker::Start(config, {}));
 //   log(broker->description());
@@ -30,6 +31,7 @@
 #include "broker/device/backend_factory.h"
 #include "broker/server/device_lock.h"
 #include "broker/telemetry/event_log.h"
+#include "broker/telemetry/history_file.h"
 #include "broker/transport/accept_loop.h"
 #include "broker/transport/connection_table.h"
 #include "broker/transport/event_loop.h"
@@ -92,6 +94,7 @@ class RunningBroker {
   std::string description_;
   client::BrokerAddress address_;
   std::unique_ptr<EventLog> log_;
+  std::unique_ptr<HistoryFile> history_;
   ChosenBackend backend_;
   std::optional<DeviceLock> lock_;
   std::unique_ptr<ConnectionTable> connections_;
