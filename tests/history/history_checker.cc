@@ -51,7 +51,8 @@ void HistoryChecker::Break(Rule rule, std::string what,
   violations_.push_back({rule, std::move(what), std::move(events)});
 }
 
-// ---- the broker --------------------------------------------------------------
+// ---- the broker
+// --------------------------------------------------------------
 
 void HistoryChecker::Add(EventRef ref, const HistoryEvent& event) {
   ++statistics_.events;
@@ -96,8 +97,7 @@ bool HistoryChecker::InOrder(EventRef ref, const HistoryEvent& event) {
     Start(event);
   } else if (!known_) {
     ++after_gap_;
-    if (after_gap_ == kCutOff ||
-        event.kind == HistoryEvent::Kind::kDrain) {
+    if (after_gap_ == kCutOff || event.kind == HistoryEvent::Kind::kDrain) {
       Break(Rule::kComplete,
             absl::StrCat("events of the broker are missing after number ",
                          last_number_, ", though it went on"),
@@ -224,11 +224,11 @@ void HistoryChecker::Grant(EventRef ref, const HistoryEvent& event) {
 void HistoryChecker::CheckAbove(EventRef ref, const Instance& instance,
                                 const HistoryEvent& event) {
   if (instance.held() <= instance.max) return;
-  Break(Rule::kMax,
-        absl::StrCat(event.instance, " gets more than its max: then it holds ",
-                     instance.held().count(), " bytes of ",
-                     instance.max.count()),
-        {instance.limits, ref});
+  Break(
+      Rule::kMax,
+      absl::StrCat(event.instance, " gets more than its max: then it holds ",
+                   instance.held().count(), " bytes of ", instance.max.count()),
+      {instance.limits, ref});
 }
 
 absl::flat_hash_map<PageIndex, HistoryChecker::Mapping>*
@@ -288,8 +288,7 @@ void HistoryChecker::Order(EventRef ref, const HistoryEvent& event) {
   const Pool* pool = FindPool(ref, event);
   if (pool == nullptr || event.hold_at_most == kHoldAny) return;
   ++statistics_.orders;
-  const Instance& instance =
-      instances_[sessions_.at(event.session).instance];
+  const Instance& instance = instances_[sessions_.at(event.session).instance];
   // What others get, by the broker's word, which knows for whom it asks.
   const Bytes left_by_others = instance.held() - event.for_others;
   if (event.for_others > Bytes(0) && left_by_others < instance.min) {
@@ -302,8 +301,8 @@ void HistoryChecker::Order(EventRef ref, const HistoryEvent& event) {
     return;
   }
   // What the order itself leaves. An instance gives for its own sake, too: from
-  // one of its pools to another, and to come down to its `max`, which takes less
-  // than a page too much.
+  // one of its pools to another, and to come down to its `max`, which takes
+  // less than a page too much.
   if (instance.pools > 1) return;
   const Bytes left =
       instance.held() -
@@ -327,11 +326,11 @@ void HistoryChecker::Gone(EventRef ref, const HistoryEvent& event) {
     held += pools_.at(id).page * pools_.at(id).held;
   }
   if (held != event.bytes) {
-    Break(Rule::kSums,
-          absl::StrCat("session ", event.session.value(), " ends with ",
-                       event.bytes.count(), " bytes, it was lent ",
-                       held.count()),
-          {session->opened, ref});
+    Break(
+        Rule::kSums,
+        absl::StrCat("session ", event.session.value(), " ends with ",
+                     event.bytes.count(), " bytes, it was lent ", held.count()),
+        {session->opened, ref});
   }
   // The session may end with nothing lent before its process does.
   const bool process_gone = event.why == "process gone";
@@ -428,9 +427,8 @@ void HistoryChecker::CheckSums(EventRef ref, const HistoryEvent& event) {
           absl::StrCat("by the broker's word ", event.instance, " holds ",
                        event.held.count(), " bytes with min ",
                        event.min.count(), " and max ", event.max.count(),
-                       "; by what it did, ", instance.held().count(),
-                       " with ", instance.min.count(), " and ",
-                       instance.max.count()),
+                       "; by what it did, ", instance.held().count(), " with ",
+                       instance.min.count(), " and ", instance.max.count()),
           {instance.limits, ref});
     instance.credit = event.instance_credit;
     instance.lent = event.held - event.instance_credit;
@@ -439,7 +437,8 @@ void HistoryChecker::CheckSums(EventRef ref, const HistoryEvent& event) {
   }
 }
 
-// ---- the processes -----------------------------------------------------------
+// ---- the processes
+// -----------------------------------------------------------
 
 void HistoryChecker::EndMapping(const Mapping& mapping) {
   for (const client::MemoryIdentity& identity : mapping.memory) {
@@ -549,7 +548,8 @@ void HistoryChecker::Map(EventRef ref, const client::MappingEvent& event) {
   auto slot = pool.slots.find(event.page);
   if (slot != pool.slots.end() && slot->second.lent) return;
   std::vector<EventRef> events = {ref};
-  if (slot != pool.slots.end()) events.insert(events.begin(), slot->second.event);
+  if (slot != pool.slots.end())
+    events.insert(events.begin(), slot->second.event);
   Break(Rule::kLent,
         absl::StrCat("pid ", event.pid, " maps page ", event.page.value(),
                      " of pool ", session->pools[event.pool].value(),

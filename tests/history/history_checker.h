@@ -14,8 +14,8 @@
 // order of their times. A second `start` is another broker: what the first one
 // lent is forgotten, what processes have mapped is not.
 //
-// Single-threaded. Memory grows with what is lent and mapped at a time, and with
-// the number of different pages, not with the number of events.
+// Single-threaded. Memory grows with what is lent and mapped at a time, and
+// with the number of different pages, not with the number of events.
 #ifndef KVBROKER_TESTS_HISTORY_HISTORY_CHECKER_H_
 #define KVBROKER_TESTS_HISTORY_HISTORY_CHECKER_H_
 
@@ -47,9 +47,10 @@ enum class Rule {
   kMin,         // no order for the sake of others pushes one below its `min`
   kCapacity,    // lent, set aside, in stock and being released: never above it
   kSums,        // the ledger's sums are those of its grants and returns
-  kGeneration,  // absent slots only, generations rise, returns name what is lent
-  kDeath,       // what a dead process held is free again within the time allowed
-  kComplete,    // no event misses, but for the last ones of a broker that died
+  kGeneration,  // absent slots only, generations rise, returns name what is
+                // lent
+  kDeath,     // what a dead process held is free again within the time allowed
+  kComplete,  // no event misses, but for the last ones of a broker that died
 };
 inline constexpr size_t kRules = 10;
 // "one-owner" ...
