@@ -126,11 +126,10 @@ class HistoryCheckerTest : public testing::Test {
 
   // ---- the processes ----
   MappingEvent& Mapping(MappingEvent::Kind kind, uint64_t session) {
-    events_.push_back(
+    return events_.emplace_back().emplace<MappingEvent>(
         MappingEvent{.kind = kind,
                      .at = Tick(),
                      .pid = static_cast<uint32_t>(100 + session)});
-    return std::get<MappingEvent>(events_.back());
   }
   void Map(uint64_t session, uint32_t page, uint64_t memory) {
     MappingEvent& event = Mapping(MappingEvent::Kind::kMap, session);
