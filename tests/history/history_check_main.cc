@@ -46,10 +46,10 @@ void PrintText(const HistoryChecker& checker,
   }
   const HistoryStatistics& seen = checker.statistics();
   absl::PrintF(
-      "%d events, %d processes, %d grants of %d pages, %d mappings, %d orders, "
-      "%d deaths\n",
+      "%d events, %d processes, %d grants of %d pages, %d mappings (%d handles "
+      "from process to process), %d orders, %d deaths\n",
       seen.events, seen.processes, seen.grants, seen.pages, seen.intervals,
-      seen.orders, seen.deaths);
+      seen.passed_on, seen.orders, seen.deaths);
   if (seen.unjudged_deaths + seen.unmatched_mappings > 0) {
     absl::PrintF("not judged: %d deaths, %d mappings of unknown processes\n",
                  seen.unjudged_deaths, seen.unmatched_mappings);
@@ -71,6 +71,7 @@ void PrintJson(const HistoryChecker& checker,
       {"grants", seen.grants},
       {"pages", seen.pages},
       {"mappings", seen.intervals},
+      {"passed_on", seen.passed_on},
       {"orders", seen.orders},
       {"deaths", seen.deaths},
       {"unjudged_deaths", seen.unjudged_deaths},

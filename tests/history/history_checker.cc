@@ -517,8 +517,10 @@ void HistoryChecker::Map(EventRef ref, const client::MappingEvent& event) {
                          " is mapped in two places at the same time"),
             {memory.mapped_by, ref});
     }
+    statistics_.passed_on += memory.pid != 0 && memory.pid != event.pid;
     memory.mapped = true;
     memory.mapped_by = ref;
+    memory.pid = event.pid;
     if (tenant == nullptr || memory.tenant == tenant) continue;
     if (memory.tenant != nullptr) {
       Break(Rule::kTenant,

@@ -77,6 +77,7 @@ struct HistoryStatistics {
   int64_t grants = 0;
   int64_t pages = 0;      // lent, counted each time
   int64_t intervals = 0;  // mappings of a page
+  int64_t passed_on = 0;  // of a handle that another process had mapped before
   int64_t orders = 0;
   int64_t deaths = 0;  // judged by kDeath
   // Not judged: deaths after which the broker did not live long enough, and
@@ -161,6 +162,7 @@ class HistoryChecker {
   struct Memory {
     bool mapped = false;
     EventRef mapped_by = 0;
+    uint32_t pid = 0;                     // the last one that mapped it
     const std::string* tenant = nullptr;  // null: of none that is known
     EventRef first_of_tenant = 0;
   };

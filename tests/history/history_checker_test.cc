@@ -221,6 +221,7 @@ TEST_F(HistoryCheckerTest, AGoodHistoryBreaksNothing) {
   EXPECT_EQ(statistics_.grants, 4);
   EXPECT_EQ(statistics_.pages, 9);
   EXPECT_EQ(statistics_.intervals, 9);
+  EXPECT_EQ(statistics_.passed_on, 1);
   EXPECT_EQ(statistics_.orders, 2);
   EXPECT_EQ(statistics_.deaths, 1);
   EXPECT_EQ(statistics_.unjudged_deaths, 0);
