@@ -33,7 +33,7 @@ void Print(const Violation& violation, const std::vector<HistoryLine>& lines,
   for (EventRef ref : violation.events) {
     const HistoryLine& line = lines[ref];
     absl::PrintF("  %12.6f s  %s:%d  %s\n",
-                 absl::ToDoubleSeconds(line.at() - lines.front().at()),
+                 absl::ToDoubleSeconds(line.at - lines.front().at),
                  files[line.file].name, line.number, line.text);
   }
 }

@@ -185,24 +185,24 @@ HistoryEvent ReadBroker(HistoryEvent::Kind kind, const json& line) {
   return event;
 }
 
-HistoryLine ReadLine(const json& object) {
-  HistoryLine line;
+AnyEvent ReadEvent(const json& object) {
   const std::string name = object.at("event").get<std::string>();
   if (const auto mapping = MappingKind(name)) {
-    line.event = ReadMapping(*mapping, object);
-  } else if (const auto broker = BrokerKind(name)) {
-    line.event = ReadBroker(*broker, object);
-  } else if (name == "exited") {
-    line.event =
-        ProcessExited{TimeOf(object), object.at("pid").get<uint32_t>()};
-  } else {
-    throw WrongField{"no such event: " + name};
+    return ReadMapping(*mapping, object);
   }
-  return line;
+  if (const auto broker = BrokerKind(name)) return ReadBroker(*broker, object);
+  if (name == "exited") {
+    return ProcessExited{TimeOf(object), object.at("pid").get<uint32_t>()};
+  }
+  throw WrongField{"no such event: " + name};
+}
+
+const HistoryEvent* BrokersEvent(const HistoryLine& line) {
+  return std::get_if<HistoryEvent>(line.event.get());
 }
 
 bool IsStart(const HistoryLine& line) {
-  const auto* event = std::get_if<HistoryEvent>(&line.event);
+  const HistoryEvent* event = BrokersEvent(line);
   return event != nullptr && event->kind == HistoryEvent::Kind::kStart;
 }
 
@@ -213,8 +213,8 @@ void SortByNumber(std::vector<HistoryLine>& lines) {
     const auto end = std::find_if(begin + 1, lines.end(), IsStart);
     std::stable_sort(
         begin, end, [](const HistoryLine& a, const HistoryLine& b) {
-          const auto* x = std::get_if<HistoryEvent>(&a.event);
-          const auto* y = std::get_if<HistoryEvent>(&b.event);
+          const HistoryEvent* x = BrokersEvent(a);
+          const HistoryEvent* y = BrokersEvent(b);
           return x != nullptr && y != nullptr && x->number < y->number;
         });
     begin = end;
@@ -250,13 +250,12 @@ absl::Status ReadFile(const HistoryFileText& file, size_t place,
 
 }  // namespace
 
-absl::Time HistoryLine::at() const {
-  return std::visit([](const auto& known) { return known.at; }, event);
-}
-
 absl::StatusOr<HistoryLine> ParseHistoryLine(std::string_view text) {
   try {
-    HistoryLine line = ReadLine(json::parse(text));
+    HistoryLine line;
+    line.event = std::make_unique<AnyEvent>(ReadEvent(json::parse(text)));
+    line.at =
+        std::visit([](const auto& event) { return event.at; }, *line.event);
     line.text = text;
     return line;
   } catch (const json::exception& error) {
@@ -276,10 +275,9 @@ absl::StatusOr<std::vector<HistoryLine>> ReadHistory(
       return status;
     }
   }
-  std::stable_sort(lines.begin(), lines.end(),
-                   [](const HistoryLine& a, const HistoryLine& b) {
-                     return a.at() < b.at();
-                   });
+  std::stable_sort(
+      lines.begin(), lines.end(),
+      [](const HistoryLine& a, const HistoryLine& b) { return a.at < b.at; });
   return lines;
 }
 
@@ -287,7 +285,7 @@ void CheckHistory(const std::vector<HistoryLine>& lines,
                   HistoryChecker& checker) {
   for (size_t i = 0; i < lines.size(); ++i) {
     std::visit([&](const auto& event) { checker.Add(i, event); },
-               lines[i].event);
+               *lines[i].event);
   }
   checker.Finish();
 }

@@ -7,6 +7,7 @@
 #ifndef KVBROKER_TESTS_HISTORY_HISTORY_READER_H_
 #define KVBROKER_TESTS_HISTORY_HISTORY_READER_H_
 
+#include <memory>
 #include <string>
 #include <string_view>
 #include <variant>
@@ -24,13 +25,15 @@ struct HistoryFileText {
   std::string text;
 };
 
-struct HistoryLine {
-  std::variant<HistoryEvent, client::MappingEvent, ProcessExited> event;
-  size_t file = 0;        // in the order of the files
-  size_t number = 0;      // of the line, from 1
-  std::string_view text;  // within the file's
+using AnyEvent =
+    std::variant<HistoryEvent, client::MappingEvent, ProcessExited>;
 
-  absl::Time at() const;
+struct HistoryLine {
+  absl::Time at;
+  std::unique_ptr<const AnyEvent> event;  // apart: lines are sorted
+  size_t file = 0;                        // in the order of the files
+  size_t number = 0;                      // of the line, from 1
+  std::string_view text;                  // within the file's
 };
 
 // InvalidArgument: not a line of a history.

@@ -68,7 +68,7 @@ TEST(HistoryReaderTest, BrokersLinesReadBackToTheSame) {
     const absl::StatusOr<HistoryLine> line =
         ParseHistoryLine(std::string_view(text).substr(0, text.size() - 1));
     ASSERT_TRUE(line.ok()) << line.status() << "\n" << text;
-    EXPECT_EQ(ToJsonLine(std::get<HistoryEvent>(line->event)), text);
+    EXPECT_EQ(ToJsonLine(std::get<HistoryEvent>(*line->event)), text);
   }
 }
 
@@ -87,7 +87,7 @@ TEST(HistoryReaderTest, ProcessesLinesReadBackToTheSame) {
     const std::string text = ToJsonLine(event);
     const absl::StatusOr<HistoryLine> line = ParseHistoryLine(text);
     ASSERT_TRUE(line.ok()) << line.status() << "\n" << text;
-    EXPECT_EQ(ToJsonLine(std::get<client::MappingEvent>(line->event)), text);
+    EXPECT_EQ(ToJsonLine(std::get<client::MappingEvent>(*line->event)), text);
   }
 }
 
