@@ -22,16 +22,18 @@ namespace kvbroker {
 
 struct HistoryEvent {
   enum class Kind {
-    kStart,     // incarnation, capacity
-    kOpen,      // session, pid, pools; `min` and `max` are in force
-    kLimits,    // of an instance, in force from here on
-    kGrant,     // pages charged to a pool, `drawn` of them from credit
-    kBack,      // pages taken out of a pool, `why`
-    kCredit,    // the instance's credit is now `instance_credit`
-    kOrder,     // a pool holds at most `hold_at_most` (kHoldAny: lifted)
-    kRefuse,    // a claim, `why`
-    kHangUp,    // a session's connection ended; its pages stay lent
-    kGone,      // a session ended, `why`; `bytes` it held are taken out
+    kStart,   // incarnation, capacity
+    kOpen,    // session, pid, pools; `min` and `max` are in force
+    kLimits,  // of an instance, in force from here on
+    kGrant,   // pages charged to a pool, `drawn` of them from credit
+    kBack,    // pages taken out of a pool, `why`
+    kResume,  // pages that go on in a pool: out of pool `from`, or (0) adopted,
+              // as an earlier broker lent them
+    kCredit,  // the instance's credit is now `instance_credit`
+    kOrder,   // a pool holds at most `hold_at_most` (kHoldAny: lifted)
+    kRefuse,  // a claim, `why`
+    kHangUp,  // a session's connection ended; its pages stay lent
+    kGone,    // a session ended, `why`; `bytes` it held are taken out
     kReleased,  // the device has `bytes` back
     kDrain,     // nothing more is lent
   };
@@ -61,6 +63,7 @@ struct HistoryEvent {
   PoolId pool;
   GrantId grant;
   std::vector<PageName> pages;
+  PoolId from;
   Bytes drawn;
   Bytes bytes;
   PageCount hold_at_most = kHoldAny;

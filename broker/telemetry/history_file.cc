@@ -26,6 +26,8 @@ const char* NameOf(Kind kind) {
       return "grant";
     case Kind::kBack:
       return "back";
+    case Kind::kResume:
+      return "resume";
     case Kind::kCredit:
       return "credit";
     case Kind::kOrder:
@@ -157,6 +159,9 @@ std::string ToJsonLine(const HistoryEvent& event) {
     case Kind::kGrant:
       line.Number("grant", event.grant.value());
       line.Number("drawn", event.drawn);
+      break;
+    case Kind::kResume:
+      line.Number("from", event.from.value());
       break;
     case Kind::kOrder:
       line.Number("hold_at_most", event.hold_at_most);

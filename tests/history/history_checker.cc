@@ -73,6 +73,9 @@ void HistoryChecker::Add(EventRef ref, const HistoryEvent& event) {
     case HistoryEvent::Kind::kBack:
       Back(ref, event);
       break;
+    case HistoryEvent::Kind::kResume:
+      Resume(ref, event);
+      break;
     case HistoryEvent::Kind::kCredit:
       Credit(ref, event);
       break;
@@ -127,7 +130,7 @@ void HistoryChecker::Start(const HistoryEvent& event) {
   known_ = true;
   after_gap_ = 0;
   capacity_ = event.capacity;
-  lent_ = credit_ = Bytes(0);
+  lent_ = credit_ = used_ = Bytes(0);
   instances_.clear();
   sessions_.clear();
   pools_.clear();
@@ -276,6 +279,50 @@ void HistoryChecker::Back(EventRef ref, const HistoryEvent& event) {
   }
 }
 
+void HistoryChecker::Resume(EventRef ref, const HistoryEvent& event) {
+  Pool* pool = FindPool(ref, event);
+  if (pool == nullptr) return;
+  const Session& session = sessions_.at(event.session);
+  Instance& instance = instances_[session.instance];
+  for (PageName page : event.pages) {
+    Slot& slot = pool->slots[page.index];
+    if (slot.lent) {
+      Break(Rule::kGeneration,
+            absl::StrCat(Text(page), " of pool ", event.pool.value(),
+                         " is resumed, though its slot is not empty"),
+            {slot.event, ref});
+      continue;
+    }
+    slot = {true, page.generation, ref};
+    ++pool->held;
+    instance.lent += pool->page;
+    lent_ += pool->page;
+    if (event.from == PoolId()) continue;
+    auto from = pools_.find(event.from);
+    const Session* earlier =
+        from == pools_.end() ? nullptr : &sessions_.at(from->second.session);
+    auto found = from == pools_.end()
+                     ? absl::flat_hash_map<PageIndex, Slot>::iterator()
+                     : from->second.slots.find(page.index);
+    if (earlier == nullptr || earlier->pid != session.pid ||
+        found == from->second.slots.end() || !found->second.lent ||
+        found->second.generation != page.generation) {
+      Break(Rule::kGeneration,
+            absl::StrCat(Text(page), " is resumed out of pool ",
+                         event.from.value(), ", which did not lend it to pid ",
+                         session.pid),
+            {ref});
+      continue;
+    }
+    Instance& loser = instances_[earlier->instance];
+    found->second.lent = false;
+    found->second.event = ref;
+    --from->second.held;
+    loser.lent -= from->second.page;
+    lent_ -= from->second.page;
+  }
+}
+
 void HistoryChecker::Credit(EventRef ref, const HistoryEvent& event) {
   Instance& instance = instances_[{event.tenant, event.instance}];
   const bool more = event.instance_credit > instance.credit;
@@ -332,6 +379,7 @@ void HistoryChecker::Gone(EventRef ref, const HistoryEvent& event) {
                      event.bytes.count(), " bytes, it was lent ", held.count()),
         {session->opened, ref});
   }
+  if (event.why == "resumed") CheckLeftBehind(ref, *session);
   // The session may end with nothing lent before its process does.
   const bool process_gone = event.why == "process gone";
   if (auto it = processes_.find(session->pid);
@@ -360,6 +408,27 @@ void HistoryChecker::Gone(EventRef ref, const HistoryEvent& event) {
   }
   for (PoolId id : session->pools) pools_.erase(id);
   sessions_.erase(event.session);
+}
+
+void HistoryChecker::CheckLeftBehind(EventRef ref, const Session& earlier) {
+  auto process = processes_.find(earlier.pid);
+  if (process == processes_.end() || !process->second.session) return;
+  const Session& later = sessions_.at(*process->second.session);
+  for (auto& [number, mappings] : process->second.pools) {
+    if (number >= earlier.pools.size() || number >= later.pools.size())
+      continue;
+    const Pool& kept = pools_.at(later.pools[number]);
+    for (const auto& [index, slot] : pools_.at(earlier.pools[number]).slots) {
+      auto mapping = mappings.find(index);
+      if (!slot.lent || mapping == mappings.end()) continue;
+      auto now = kept.slots.find(index);
+      if (now != kept.slots.end() && now->second.lent) continue;
+      Break(Rule::kLent,
+            absl::StrCat("page ", index.value(), " of pid ", earlier.pid,
+                         " is given up at its resumption, though it is mapped"),
+            {mapping->second.event, ref});
+    }
+  }
 }
 
 void HistoryChecker::NoteReleased(const HistoryEvent& event) {
@@ -409,7 +478,9 @@ void HistoryChecker::CheckSums(EventRef ref, const HistoryEvent& event) {
     credit_ = event.credit;
   }
   const Bytes used = lent_ + credit_ + event.stock + event.releasing;
-  if (used > capacity_ || event.stock < Bytes(0) ||
+  const bool grew = used > used_ && event.kind != HistoryEvent::Kind::kResume;
+  used_ = used;
+  if ((used > capacity_ && grew) || event.stock < Bytes(0) ||
       event.releasing < Bytes(0)) {
     Break(Rule::kCapacity,
           absl::StrCat(lent_.count(), " lent, ", credit_.count(),

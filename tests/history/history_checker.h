@@ -12,7 +12,8 @@
 //
 // Events of one broker come in the order of their numbers; all events in the
 // order of their times. A second `start` is another broker: what the first one
-// lent is forgotten, what processes have mapped is not.
+// lent is forgotten, until processes resume with it; what they have mapped is
+// not.
 //
 // Single-threaded. Memory grows with what is lent and mapped at a time, and
 // with the number of different pages, not with the number of events.
@@ -45,7 +46,8 @@ enum class Rule {
   kLent,        // a page is mapped only between its grant and its return
   kMax,         // no grant and no credit leaves an instance above its `max`
   kMin,         // no order for the sake of others pushes one below its `min`
-  kCapacity,    // lent, set aside, in stock and being released: never above it
+  kCapacity,    // lent, set aside, in stock and being released: never above it,
+                // but by what processes resume with
   kSums,        // the ledger's sums are those of its grants and returns
   kGeneration,  // absent slots only, generations rise, returns name what is
                 // lent
@@ -176,9 +178,12 @@ class HistoryChecker {
   void Limits(EventRef ref, const HistoryEvent& event);
   void Grant(EventRef ref, const HistoryEvent& event);
   void Back(EventRef ref, const HistoryEvent& event);
+  void Resume(EventRef ref, const HistoryEvent& event);
   void Credit(EventRef ref, const HistoryEvent& event);
   void Order(EventRef ref, const HistoryEvent& event);
   void Gone(EventRef ref, const HistoryEvent& event);
+  // No page that was not resumed is mapped.
+  void CheckLeftBehind(EventRef ref, const Session& earlier);
   void CheckAbove(EventRef ref, const Instance& instance,
                   const HistoryEvent& event);
   void CheckSums(EventRef ref, const HistoryEvent& event);
@@ -205,6 +210,7 @@ class HistoryChecker {
   EventRef last_event_ = 0;
   int64_t after_gap_ = 0;  // events that could not be judged
   Bytes capacity_, lent_, credit_;
+  Bytes used_;  // after the last event, with stock and what is being released
   std::map<InstanceKey, Instance> instances_;
   absl::node_hash_map<SessionId, Session> sessions_;
   absl::node_hash_map<PoolId, Pool> pools_;

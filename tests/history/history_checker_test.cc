@@ -488,7 +488,7 @@ TEST_F(HistoryCheckerTest, MappingsOfProcessesThatNoBrokerKnowsAreCounted) {
 
 TEST_F(HistoryCheckerTest, AllViolationsAreCountedAndTheFirstOnesKept) {
   GoodHistory();
-  for (int i = 0; i < 50; ++i) Event(Kind::kHangUp).stock = Bytes(1000);
+  for (int i = 0; i < 50; ++i) Event(Kind::kHangUp).stock = Bytes(1000 + i);
   EXPECT_THAT(Broken(), ElementsAre("capacity"));
   EXPECT_EQ(statistics_.violations[static_cast<size_t>(Rule::kCapacity)], 50);
   EXPECT_THAT(violations_, SizeIs(20));

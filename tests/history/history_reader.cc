@@ -72,6 +72,7 @@ std::optional<HistoryEvent::Kind> BrokerKind(std::string_view name) {
                             {"limits", Kind::kLimits},
                             {"grant", Kind::kGrant},
                             {"back", Kind::kBack},
+                            {"resume", Kind::kResume},
                             {"credit", Kind::kCredit},
                             {"order", Kind::kOrder},
                             {"refuse", Kind::kRefuse},
@@ -161,6 +162,9 @@ HistoryEvent ReadBroker(HistoryEvent::Kind kind, const json& line) {
     case Kind::kGrant:
       event.grant = GrantId(line.at("grant").get<uint64_t>());
       event.drawn = BytesOf(line, "drawn");
+      break;
+    case Kind::kResume:
+      event.from = PoolId(line.at("from").get<uint64_t>());
       break;
     case Kind::kOrder:
       event.hold_at_most = line.at("hold_at_most").get<PageCount>();

@@ -50,6 +50,7 @@ HistoryEvent Full(Kind kind) {
   event.grant = GrantId(16);
   event.pages = {{PageIndex(0), Generation(18)},
                  {PageIndex(1), Generation(19)}};
+  event.from = PoolId(23);
   event.drawn = Bytes(20);
   event.bytes = Bytes(21);
   event.hold_at_most = kHoldAny;
@@ -62,8 +63,8 @@ HistoryEvent Full(Kind kind) {
 TEST(HistoryReaderTest, BrokersLinesReadBackToTheSame) {
   for (Kind kind :
        {Kind::kStart, Kind::kOpen, Kind::kLimits, Kind::kGrant, Kind::kBack,
-        Kind::kCredit, Kind::kOrder, Kind::kRefuse, Kind::kHangUp, Kind::kGone,
-        Kind::kReleased, Kind::kDrain}) {
+        Kind::kResume, Kind::kCredit, Kind::kOrder, Kind::kRefuse,
+        Kind::kHangUp, Kind::kGone, Kind::kReleased, Kind::kDrain}) {
     const std::string text = ToJsonLine(Full(kind));
     const absl::StatusOr<HistoryLine> line =
         ParseHistoryLine(std::string_view(text).substr(0, text.size() - 1));
