@@ -50,7 +50,8 @@ struct BrokerConfig {
   absl::Duration resume_grace = absl::Seconds(5);
   PolicyConfig policy;
   std::string log_level = "info";
-  std::string log_file;  // besides stderr; empty: none
+  std::string log_file;      // besides stderr; empty: none
+  std::string history_file;  // empty: none
   absl::Duration idle_exit = absl::InfiniteDuration();
 };
 

@@ -10,6 +10,7 @@
 #include "absl/status/status.h"
 #include "broker/base/ids.h"
 #include "broker/core/claim.h"
+#include "broker/core/history.h"
 #include "broker/core/listener.h"
 #include "broker/ledger/ledger.h"
 #include "proto/messages.h"
@@ -43,10 +44,11 @@ struct Actions {
   std::vector<HandleRef> release;
   std::vector<std::string> log;
   bool remember = false;  // CoreOptions.remember is to be called
+  std::vector<HistoryEvent> history;
 
   bool empty() const {
     return tell.empty() && close.empty() && make.empty() && send.empty() &&
-           release.empty() && log.empty() && !remember;
+           release.empty() && log.empty() && !remember && history.empty();
   }
 };
 

@@ -132,6 +132,7 @@ std::optional<PageCount> Core::StartGrant(const Claim& claim, PageCount pages,
     actions.log.push_back(absl::StrCat(
         "credit session=", claim.session.value(), " instance=", instance.name,
         " pool=", claim.pool.value(), " pages=", pages));
+    Record(HistoryEvent::Kind::kCredit, pool, actions);
     return pages;
   }
 
@@ -176,6 +177,11 @@ std::optional<PageCount> Core::StartGrant(const Claim& claim, PageCount pages,
   }
   ledger_.DropCredit(instance, draw);
   make.pages = ledger_.Charge(pool, make.grant, indexes);
+  if (auto* event = Record(HistoryEvent::Kind::kGrant, pool, actions)) {
+    event->grant = make.grant;
+    event->pages = make.pages;
+    event->drawn = draw;
+  }
   session.making.emplace(claim.sequence, false);
   ++state.grants;
   actions.make.push_back(std::move(make));
@@ -216,6 +222,10 @@ void Core::Refuse(const Claim& claim, absl::StatusCode code, std::string reason,
   if (names_holders) refused.holders = Holders();
   it->second.answers[claim.sequence].refused = refused;
   actions.tell.emplace_back(it->second.listener, refused);
+  if (auto* event = Record(HistoryEvent::Kind::kRefuse,
+                           *ledger_.FindPool(claim.pool), actions)) {
+    event->why = refused.reason;
+  }
   if (code == absl::StatusCode::kCancelled) return;
   const LedgerSession& session = *ledger_.FindSession(claim.session);
   if (claim.urgency != Urgency::kSpeculative) {
@@ -235,7 +245,7 @@ void Core::Refuse(const Claim& claim, absl::StatusCode code, std::string reason,
 }
 
 void Core::Order(PoolId pool_id, PageCount hold_at_most, Tier tier,
-                 Actions& actions) {
+                 Bytes for_others, Actions& actions) {
   PoolState& state = pools_.at(pool_id);
   const LedgerPool& pool = *ledger_.FindPool(pool_id);
   // The same again is an order of its own only to one who has done with the
@@ -269,6 +279,11 @@ void Core::Order(PoolId pool_id, PageCount hold_at_most, Tier tier,
       Reclaim{pool_id, state.revision, hold_at_most, tier,
               tier == Tier::kClosing ? absl::InfiniteDuration()
                                      : options_.policy.reclaim_deadline});
+  if (auto* event = Record(HistoryEvent::Kind::kOrder, pool, actions)) {
+    event->hold_at_most = hold_at_most;
+    event->tier = tier;
+    event->for_others = for_others;
+  }
   const LedgerInstance& instance = ledger_.InstanceOf(pool);
   InstanceState& owner = instances_.at({instance.tenant, instance.name});
   if (lifted) {
@@ -293,8 +308,9 @@ void Core::Arbitrate(Actions& actions) {
     LedgerInstance& instance = *ledger_.FindInstance(key);
     InstanceState& state = instances_.at(key);
     // Credit above a limit is no reason to take pages.
-    if (instance.held > instance.max) {
+    if (instance.held > instance.max && instance.credit > Bytes(0)) {
       ledger_.DropCredit(instance, instance.credit);
+      Record(HistoryEvent::Kind::kCredit, instance, actions);
     }
     if (instance.held <= instance.max) {
       state.above_limit_since = absl::InfiniteFuture();
@@ -328,6 +344,8 @@ void Core::Arbitrate(Actions& actions) {
     place[snapshot.pools[i].id] = i;
   }
   std::map<size_t, Tier> asked;  // pool -> the dearest tier
+  // What each instance is asked to give to others.
+  std::vector<Bytes> for_others(snapshot.instances.size());
   auto ask = [&](const std::vector<Take>& takes) {
     for (const Take& take : takes) {
       auto [it, added] = asked.try_emplace(take.pool, take.tier);
@@ -418,6 +436,11 @@ void Core::Arbitrate(Actions& actions) {
     }
     Apply(plan, waiting.view, snapshot);
     ask(plan.takes);
+    for (const Take& take : plan.takes) {
+      const PoolView& giver = snapshot.pools[take.pool];
+      if (giver.instance == waiting.view.instance) continue;
+      for_others[giver.instance] += giver.page_bytes * take.pages;
+    }
     // What the claim leaves of the credit is nobody else's.
     credit -= std::min(credit, drawn + plan.reserve);
     snapshot.free -= credit;
@@ -440,7 +463,8 @@ void Core::Arbitrate(Actions& actions) {
 
   // Applied plans have left each pool with what it may hold.
   for (const auto& [pool, tier] : asked) {
-    Order(snapshot.pools[pool].id, snapshot.pools[pool].held, tier, actions);
+    const PoolView& giver = snapshot.pools[pool];
+    Order(giver.id, giver.held, tier, for_others[giver.instance], actions);
     if (tier == Tier::kPreempt) {
       const LedgerPool& victim = *ledger_.FindPool(snapshot.pools[pool].id);
       const LedgerInstance& instance = ledger_.InstanceOf(victim);
@@ -451,7 +475,7 @@ void Core::Arbitrate(Actions& actions) {
   for (size_t i = 0; i < snapshot.pools.size(); ++i) {
     PoolId id = snapshot.pools[i].id;
     if (!asked.contains(i) && pools_.at(id).ordered()) {
-      Order(id, kHoldAny, Tier::kIdle, actions);
+      Order(id, kHoldAny, Tier::kIdle, Bytes(0), actions);
     }
   }
   if (claims_.empty()) ReleaseStock(actions);
@@ -505,6 +529,7 @@ void Core::ExpireInstances(Actions& actions) {
     InstanceState& state = instances_.at(key);
     if (now >= state.credit_until) {
       ledger_.DropCredit(instance, instance.credit);
+      Record(HistoryEvent::Kind::kCredit, instance, actions);
       state.credit_until = absl::InfiniteFuture();
     }
     const bool empty = instance.sessions.empty();

@@ -35,12 +35,14 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "absl/types/span.h"
 #include "broker/base/bytes.h"
 #include "broker/base/clock.h"
 #include "broker/base/ids.h"
 #include "broker/base/mutex.h"
 #include "broker/core/actions.h"
 #include "broker/core/claim.h"
+#include "broker/core/history.h"
 #include "broker/core/listener.h"
 #include "broker/core/peer.h"
 #include "broker/core/remembered.h"
@@ -79,6 +81,10 @@ struct CoreOptions {
   std::function<void()> wake;
   // One line an event: "grant instance=a pages=3 ...". Without the lock.
   std::function<void(std::string_view line)> log;
+  // What was decided, in batches, each before anybody is told of it. Without
+  // the lock, so that batches of several threads may change places: `number` is
+  // the order. None: nothing is recorded.
+  std::function<void(absl::Span<const HistoryEvent> events)> history;
 };
 
 class Core {
@@ -208,8 +214,10 @@ class Core {
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void Refuse(const Claim& claim, absl::StatusCode code, std::string reason,
               Actions& actions) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  void Order(PoolId pool, PageCount hold_at_most, Tier tier, Actions& actions)
-      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // `for_others`: what this round takes from the pool's instance for claims of
+  // other instances.
+  void Order(PoolId pool, PageCount hold_at_most, Tier tier, Bytes for_others,
+             Actions& actions) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void ExpireClaims(Actions& actions) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void ExpireOrders(Actions& actions) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void ExpireInstances(Actions& actions) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
@@ -242,6 +250,15 @@ class Core {
   void AnnounceLimits(LedgerInstance& instance, Actions& actions)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
+  // ---- recording.cc: the history ----
+  // A new event with the figures of now, or null where nobody wants one.
+  HistoryEvent* Record(HistoryEvent::Kind kind, Actions& actions)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  HistoryEvent* Record(HistoryEvent::Kind kind, const LedgerInstance& instance,
+                       Actions& actions) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  HistoryEvent* Record(HistoryEvent::Kind kind, const LedgerPool& pool,
+                       Actions& actions) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+
   absl::Time Now() const { return options_.clock->Now(); }
 
   const CoreOptions options_;
@@ -271,6 +288,7 @@ class Core {
   absl::Time hold_until_ ABSL_GUARDED_BY(mu_) = absl::InfinitePast();
   bool hold_for_unknown_ ABSL_GUARDED_BY(mu_) = false;
   absl::Time may_adopt_any_until_ ABSL_GUARDED_BY(mu_) = absl::InfinitePast();
+  uint64_t recorded_ ABSL_GUARDED_BY(mu_) = 0;  // events of the history
   // What RunDue answered last: `wake` is called when something is due earlier.
   absl::Time promised_ ABSL_GUARDED_BY(mu_) = absl::InfiniteFuture();
 };

@@ -2076,6 +2076,25 @@ TEST_F(CoreTest, DrainRefusesWhatWaitsAndWhatComes) {
   EXPECT_EQ(*world_.device().UsedBytes(), Bytes(0));
 }
 
+TEST_F(CoreTest, ReturnThatNamesAPageBeingMadeTakesNothingOut) {
+  FakeClient& a = StartWith(1, {.name = "a"});
+  const PageName mapped = a.pages()[0];
+  const PageName making = {PageIndex(mapped.index.value() + 1),
+                           Generation(mapped.generation.value() + 1)};
+  world_.device().OnCreate([&](Bytes) {
+    world_.device().OnCreate(nullptr);
+    EXPECT_EQ(core().Handle(a.id(), Return{a.pool(), {mapped, making}}).code(),
+              absl::StatusCode::kFailedPrecondition);
+  });
+  a.Ask({.at_least = 1});
+  Settle();
+  a.Die();
+  FakeClient& b = Start({.name = "b"});
+  const Sequence all = b.Ask({.at_least = 10});
+  Settle();
+  EXPECT_NE(b.granted(all), nullptr);
+}
+
 TEST_F(CoreTest, FailedGrantIsNotTriedAgainAfterADrain) {
   FakeClient& a = Start({.name = "a"});
   world_.device().OnCreate([&](Bytes) {

@@ -18,6 +18,8 @@ constexpr absl::Duration kRetry = absl::Milliseconds(20);
 void Core::Run(Actions actions) {
   while (!actions.empty()) {
     Actions next;
+    // Before anybody knows of it: what a peer does cannot precede its cause.
+    if (!actions.history.empty()) options_.history(actions.history);
     // Words first: those who are asked to give need not wait for the device.
     for (auto& [listener, message] : actions.tell) {
       listener->Tell(std::move(message));
@@ -30,6 +32,9 @@ void Core::Run(Actions actions) {
       actions.release.clear();  // the driver call
       MutexLock lock(&mu_);
       ledger_.EndRelease(bytes);
+      if (auto* event = Record(HistoryEvent::Kind::kReleased, next)) {
+        event->bytes = bytes;
+      }
       if (!claims_.empty()) Arbitrate(next);
     }
     for (const std::string& line : actions.log) options_.log(line);
@@ -63,12 +68,25 @@ void Core::Make(MakePages make, Actions& next) {
   MutexLock lock(&mu_);
   LedgerPool* pool = ledger_.FindPool(make.claim.pool);
   auto session = sessions_.find(make.claim.session);
+  auto take_back = [&](std::string_view why) {
+    mu_.AssertHeld();
+    for (PageName page : make.pages) ledger_.Remove(*pool, page);
+    if (auto* event = Record(HistoryEvent::Kind::kBack, *pool, next)) {
+      event->pages = make.pages;
+      event->why = why;
+    }
+  };
   auto give_up = [&] {
     // The pages count as releasing; what was not made has no more to wait for.
     mu_.AssertHeld();
     const Bytes charged =
         make.geometry.page_bytes() * static_cast<int64_t>(make.pages.size());
-    ledger_.EndRelease(charged - SizeOf(make.handles));
+    const Bytes not_made = charged - SizeOf(make.handles);
+    ledger_.EndRelease(not_made);
+    auto* event = not_made == Bytes(0)
+                      ? nullptr
+                      : Record(HistoryEvent::Kind::kReleased, next);
+    if (event != nullptr) event->bytes = not_made;
     for (HandleRef& handle : make.handles) {
       next.release.push_back(std::move(handle));
     }
@@ -84,7 +102,7 @@ void Core::Make(MakePages make, Actions& next) {
   const LedgerInstance& instance = ledger_.InstanceOf(*pool);
   if (!session->second.connected) {
     // It hung up meanwhile: what it never saw does not stay with it.
-    for (PageName page : make.pages) ledger_.Remove(*pool, page);
+    take_back("hung up");
     give_up();
     if (ledger_.FindSession(session->first)->held == Bytes(0)) {
       EraseSession(session->first, "left", next);
@@ -93,7 +111,7 @@ void Core::Make(MakePages make, Actions& next) {
     return;
   }
   if (!failure.ok()) {
-    for (PageName page : make.pages) ledger_.Remove(*pool, page);
+    take_back("not made");
     give_up();
     next.log.push_back(
         absl::StrCat("create-failed session=", make.claim.session.value(),

@@ -154,6 +154,7 @@ void Core::AnnounceLimits(LedgerInstance& instance, Actions& actions) {
       "limits instance=", instance.name, " tenant=", instance.tenant,
       " min=", instance.min.count(), " max=", instance.max.count(),
       " weight=", instance.weight, " revision=", instance.limit_revision));
+  Record(HistoryEvent::Kind::kLimits, instance, actions);
 }
 
 absl::StatusOr<InstanceStatus> Core::SetPolicy(const InstanceSelector& which,
@@ -373,6 +374,7 @@ void Core::Drain() {
     ReleaseStock(actions);
     actions.log.push_back(absl::StrCat("drain sessions=", sessions_.size(),
                                        " lent=", ledger_.lent().count()));
+    Record(HistoryEvent::Kind::kDrain, actions);
   }
   Run(std::move(actions));
 }

@@ -214,6 +214,10 @@ absl::Status Core::On(SessionState& session, const Resume& resume,
       ledger_.Adopt(*pool, name);
       session.resumption->adopted += page_bytes;
     }
+    if (auto* event = Record(HistoryEvent::Kind::kResume, *pool, actions)) {
+      event->pages = {name};
+      if (from != nullptr) event->from = from->id;
+    }
     ++session.resumption->pages;
     if (instance.held > instance.max) {
       watched_.insert({instance.tenant, instance.name});

@@ -104,6 +104,10 @@ absl::StatusOr<std::unique_ptr<Core>> Core::Create(CoreOptions options) {
   Actions actions;
   {
     MutexLock lock(&core->mu_);
+    if (auto* event = core->Record(HistoryEvent::Kind::kStart, actions)) {
+      event->incarnation = core->options_.incarnation;
+      event->capacity = core->ledger_.capacity();
+    }
     core->Restore(core->options_.remembered, actions);
   }
   core->Run(std::move(actions));
@@ -293,6 +297,14 @@ absl::StatusOr<SessionId> Core::OpenSession(
         "open session=", id.value(), " instance=", name, " tenant=",
         peer.tenant, " pid=", peer.pid, " pools=", open.pools.size(),
         " min=", instance.min.count(), " max=", instance.max.count()));
+    if (auto* event = Record(HistoryEvent::Kind::kOpen, instance, actions)) {
+      event->session = id;
+      event->pid = peer.pid;
+      for (PoolId pool : session.pools) {
+        event->pools.push_back(
+            {pool, ledger_.FindPool(pool)->geometry.page_bytes()});
+      }
+    }
   }
   // Whom the next broker does not know it takes no pages from.
   options_.remember(/*wait=*/true);
@@ -522,15 +534,20 @@ absl::Status Core::TakeBack(SessionState& session, PoolId pool_id,
   ASSIGN_OR_RETURN(LedgerPool * pool, OwnPool(session, pool_id));
   PoolState& state = pools_.at(pool_id);
   std::vector<HandleRef> handles;
+  std::vector<PageName> removed;
   PageCount returned = 0, reported = 0;
+  // All or none: what was taken out would be nobody's after a failure.
+  for (PageName name : pages) {
+    const LedgerPage* page = ledger_.FindPage(*pool, name);
+    if (page != nullptr && page->state == PageState::kMaking) {
+      return absl::FailedPreconditionError(absl::StrCat(
+          "return: page ", name.index.value(), " has not been granted yet"));
+    }
+  }
   for (PageName name : pages) {
     LedgerPage* page = ledger_.FindPage(*pool, name);
     if (page == nullptr) continue;  // an old generation: said before
     if (page->state == PageState::kMapped) ++reported;
-    if (page->state == PageState::kMaking) {
-      return absl::FailedPreconditionError(absl::StrCat(
-          "return: page ", name.index.value(), " has not been granted yet"));
-    }
     auto grant = session.unmapped.find(page->grant);
     if (grant != session.unmapped.end() &&
         ++grant->second.returned == grant->second.pages.size()) {
@@ -541,6 +558,7 @@ absl::Status Core::TakeBack(SessionState& session, PoolId pool_id,
     for (HandleRef& handle : ledger_.Remove(*pool, name)) {
       handles.push_back(std::move(handle));
     }
+    removed.push_back(name);
     ++returned;
   }
   if (returned == 0) return absl::OkStatus();
@@ -556,6 +574,10 @@ absl::Status Core::TakeBack(SessionState& session, PoolId pool_id,
       "return session=", session.id.value(), " pool=", pool_id.value(),
       " pages=", returned, " held=", pool->held()));
   Recycle(ledger_.FindSession(session.id)->tenant, std::move(handles), actions);
+  if (auto* event = Record(HistoryEvent::Kind::kBack, *pool, actions)) {
+    event->pages = std::move(removed);
+    event->why = "returned";
+  }
   Arbitrate(actions);
   return absl::OkStatus();
 }
@@ -667,6 +689,9 @@ void Core::HungUp(SessionId id) {
 void Core::HangUp(SessionState& session, Actions& actions) {
   const SessionId id = session.id;
   session.connected = false;
+  if (auto* event = Record(HistoryEvent::Kind::kHangUp, actions)) {
+    event->session = id;
+  }
   DropClaims(id);
   session.to_send.clear();
   TakeBackUnsent(session, actions);
@@ -690,11 +715,17 @@ void Core::TakeBackUnsent(SessionState& session, Actions& actions) {
       continue;
     }
     LedgerPool& pool = *ledger_.FindPool(grant.pool);
+    std::vector<PageName> removed;
     for (PageName page : grant.pages) {
       if (ledger_.FindPage(pool, page) == nullptr) continue;
       for (HandleRef& handle : ledger_.Remove(pool, page)) {
         handles.push_back(std::move(handle));
       }
+      removed.push_back(page);
+    }
+    if (auto* event = Record(HistoryEvent::Kind::kBack, pool, actions)) {
+      event->pages = std::move(removed);
+      event->why = "never sent";
     }
     it = session.unmapped.erase(it);
   }
@@ -721,10 +752,12 @@ void Core::EraseSession(SessionId id, std::string_view why, Actions& actions) {
   const std::string tenant = session.tenant;
   const Ledger::InstanceKey key = session.instance;
   actions.remember = true;
+  const uint32_t pid = session.pid;
+  const Bytes held = session.held;
   actions.log.push_back(
       absl::StrCat("gone session=", id.value(), " instance=", key.second,
-                   " pid=", session.pid, " freed=", session.held.count(),
-                   " why=\"", absl::string_view(why.data(), why.size()), "\""));
+                   " pid=", pid, " freed=", held.count(), " why=\"",
+                   absl::string_view(why.data(), why.size()), "\""));
   for (PoolId pool : session.pools) {
     pools_.erase(pool);
     ordered_.erase(pool);
@@ -733,6 +766,12 @@ void Core::EraseSession(SessionId id, std::string_view why, Actions& actions) {
   sessions_.erase(id);
   Recycle(tenant, std::move(handles), actions);
   LedgerInstance* instance = ledger_.FindInstance(key);
+  if (auto* event = Record(HistoryEvent::Kind::kGone, *instance, actions)) {
+    event->session = id;
+    event->pid = pid;
+    event->bytes = held;
+    event->why = why;
+  }
   if (!instance->sessions.empty()) return;
   if (instance->set_by_operator) {
     watched_.insert(key);  // remembered for a while

@@ -228,11 +228,18 @@ absl::StatusOr<std::unique_ptr<RunningBroker>> RunningBroker::Start(
       log->Write(LogLevel::kInfo, line);
     };
   }
-  ASSIGN_OR_RETURN(self->core_, Core::Create(std::move(core_options)));
-
   const auto warn = [log](std::string_view line) {
     log->Write(LogLevel::kWarn, line);
   };
+  if (!config.history_file.empty()) {
+    ASSIGN_OR_RETURN(self->history_,
+                     HistoryFile::Create(config.history_file, warn));
+    core_options.history = [history = self->history_.get()](
+                               absl::Span<const HistoryEvent> events) {
+      history->Write(events);
+    };
+  }
+  ASSIGN_OR_RETURN(self->core_, Core::Create(std::move(core_options)));
   if (self->state_file_) {
     self->state_keeper_ = std::make_unique<StateKeeper>(StateKeeper::Options{
         .save =

@@ -7,6 +7,7 @@
 //   all of them -> Core -> backend
 //   Core, AcceptLoop, SessionService -> EventLog
 //   Core -> StateKeeper -> state file
+//   Core -> HistoryFile, where one is configured
 //
 //   ASSIGN_OR_RETURN(auto broker, RunningBroker::Start(config, {}));
 //   log(broker->description());
@@ -37,6 +38,7 @@
 #include "broker/state/broker_state.h"
 #include "broker/state/state_file.h"
 #include "broker/telemetry/event_log.h"
+#include "broker/telemetry/history_file.h"
 #include "broker/transport/accept_loop.h"
 #include "broker/transport/connection_table.h"
 #include "broker/transport/event_loop.h"
@@ -105,6 +107,7 @@ class RunningBroker {
   std::string description_;
   client::BrokerAddress address_;
   std::unique_ptr<EventLog> log_;
+  std::unique_ptr<HistoryFile> history_;
   ChosenBackend backend_;
   std::optional<DeviceLock> lock_;
   uint64_t incarnation_ = 0;

@@ -7,6 +7,7 @@
 #include "absl/strings/str_join.h"
 #include "broker/base/status_macros.h"
 #include "client/address/broker_address.h"
+#include "client/history/recording_mapper.h"
 #include "client/replay/pool_block_source.h"
 #include "client/session/open_session.h"
 
@@ -16,10 +17,15 @@ namespace {
 // A PoolBlockSource with the session behind it.
 class BrokerBlockSource : public PoolBlockSource {
  public:
-  explicit BrokerBlockSource(std::unique_ptr<client::Session> session)
-      : PoolBlockSource(session->pool(0)), session_(std::move(session)) {}
+  // `recorder` of the session's mappings, or null.
+  BrokerBlockSource(std::unique_ptr<client::MappingRecorder> recorder,
+                    std::unique_ptr<client::Session> session)
+      : PoolBlockSource(session->pool(0)),
+        recorder_(std::move(recorder)),
+        session_(std::move(session)) {}
 
  private:
+  const std::unique_ptr<client::MappingRecorder> recorder_;
   std::unique_ptr<client::Session> session_;
 };
 
@@ -56,9 +62,19 @@ absl::StatusOr<std::unique_ptr<BlockSource>> MakeBrokerBlockSource(
   pool.geometry.label = "kv";
   pool.block_bytes = options.geometry.block_bytes;
   session.pools.push_back(std::move(pool));
+  std::unique_ptr<client::MappingRecorder> recorder;
+  if (!options.history_file.empty()) {
+    ASSIGN_OR_RETURN(recorder, client::MappingRecorder::Open(
+                                   options.history_file, options.name));
+    session.wrap_mapper = [to = recorder.get()](
+                              std::unique_ptr<client::Mapper> mapper) {
+      return to->Wrap(std::move(mapper));
+    };
+  }
   ASSIGN_OR_RETURN(std::unique_ptr<client::Session> opened,
                    client::OpenSession(brokers.front(), std::move(session)));
-  return std::make_unique<BrokerBlockSource>(std::move(opened));
+  return std::make_unique<BrokerBlockSource>(std::move(recorder),
+                                             std::move(opened));
 }
 
 }  // namespace kvbroker::replay

@@ -83,10 +83,11 @@ absl::Status CheckCombinations(const ReplayOptions& options) {
   }
   if (options.static_share.has_value() &&
       (!options.address.empty() || options.min.has_value() ||
-       options.max.has_value() || options.weight.has_value())) {
+       options.max.has_value() || options.weight.has_value() ||
+       !options.history_file.empty())) {
     return absl::InvalidArgumentError(
-        "--static-share needs no broker: --address, --min, --max and --weight "
-        "do not go with it");
+        "--static-share needs no broker: --address, --min, --max, --weight and "
+        "--history do not go with it");
   }
   if (options.min.has_value() && options.max.has_value() &&
       *options.min > *options.max) {
@@ -245,6 +246,11 @@ void AddOptions(CLI::App& app, ReplayOptions& options, Fields& fields) {
   const std::string output = "Output";
   app.add_option("--requests", options.requests_file,
                  "Write a CSV line a request, in trace milliseconds")
+      ->type_name("FILE")
+      ->group(output);
+  app.add_option("--history", options.history_file,
+                 "Append a JSON line for each page mapped and unmapped, to be "
+                 "checked afterwards")
       ->type_name("FILE")
       ->group(output);
   app.add_flag("--json", options.json, "Print the summary as one JSON object")

@@ -48,6 +48,7 @@ struct ReplayOptions {
 
   // What comes out.
   std::string requests_file;  // empty: none
+  std::string history_file;   // empty: none
   bool json = false;
   std::optional<int> status_fd;
   bool print_capacity = false;

@@ -37,6 +37,9 @@ absl::StatusOr<std::unique_ptr<Session>> Session::Create(
   for (const PoolOptions& pool : session->options_.pools) {
     ASSIGN_OR_RETURN(std::unique_ptr<Mapper> mapper,
                      make_mapper(pool.geometry));
+    if (session->options_.wrap_mapper) {
+      mapper = session->options_.wrap_mapper(std::move(mapper));
+    }
     ASSIGN_OR_RETURN(std::unique_ptr<Pool> created,
                      Pool::Create(pool, std::move(mapper), *session, clock));
     session->pools_.push_back(std::move(created));

@@ -72,6 +72,9 @@ struct SessionOptions {
   // The operator ended this session. By default: says so on stderr and ends the
   // process with status 86.
   std::function<void(const std::string& reason)> on_fenced;
+  // Puts something around each pool's mapper, in the order of `pools`, such as
+  // a recorder of what is mapped. None: nothing.
+  std::function<std::unique_ptr<Mapper>(std::unique_ptr<Mapper>)> wrap_mapper;
 };
 
 class Session : public PoolSession, public LinkListener {

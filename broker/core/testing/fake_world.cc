@@ -31,6 +31,16 @@ FakeWorld::FakeWorld(Options options)
     MutexLock lock(&mu_);
     log_.emplace_back(line);
   };
+  core.history = [this](absl::Span<const HistoryEvent> events) {
+    MutexLock lock(&mu_);
+    for (const HistoryEvent& event : events) {
+      early_.emplace(event.number, event);
+    }
+    while (!early_.empty() && early_.begin()->first == checked_ + 1) {
+      history_.Add(++checked_, early_.begin()->second);
+      early_.erase(early_.begin());
+    }
+  };
   absl::StatusOr<std::unique_ptr<Core>> made = Core::Create(std::move(core));
   KVB_CHECK(made.ok());
   core_ = *std::move(made);
@@ -128,6 +138,16 @@ absl::Status FakeWorld::Check(CoreSnapshot* seen) {
   RETURN_IF_ERROR(core_->CheckInvariants());
   RETURN_IF_ERROR(device_.CheckInvariants());
   if (!complaints_.empty()) return wrong(complaints_.front());
+  {
+    MutexLock lock(&mu_);
+    if (!early_.empty()) return wrong("history, a hole after ", checked_);
+    if (!history_.violations().empty()) {
+      const Violation& first = history_.violations().front();
+      const std::string_view rule = NameOf(first.rule);
+      return wrong("history, ", absl::string_view(rule.data(), rule.size()),
+                   ": ", first.what);
+    }
+  }
 
   std::set<uint64_t> tokens;
   std::map<std::pair<std::string, std::string>, Bytes> lent;

@@ -13,6 +13,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -30,6 +31,7 @@
 #include "broker/device/fake_backend.h"
 #include "broker/device/fault_injecting_backend.h"
 #include "broker/policy/policy_config.h"
+#include "tests/history/history_checker.h"
 
 namespace kvbroker {
 
@@ -80,7 +82,8 @@ class FakeWorld {
   int wakes() const { return wakes_; }
 
   // OK, or what is wrong: the core's own view, the device's, the clients'
-  // complaints, and that all three agree on who holds what. `seen`: what the
+  // complaints, that all three agree on who holds what, and that the history
+  // keeps the promises. `seen`: what the
   // core shows of itself at that.
   absl::Status Check(CoreSnapshot* seen = nullptr);
 
@@ -103,6 +106,10 @@ class FakeWorld {
   Mutex mu_;
   std::vector<std::string> log_ ABSL_GUARDED_BY(mu_);
   std::vector<std::string> complaints_;
+  HistoryChecker history_ ABSL_GUARDED_BY(mu_);
+  uint64_t checked_ ABSL_GUARDED_BY(mu_) = 0;  // events
+  // Came before one with a smaller number, by another thread.
+  std::map<uint64_t, HistoryEvent> early_ ABSL_GUARDED_BY(mu_);
   std::unique_ptr<Core> core_;
   std::vector<std::unique_ptr<FakeClient>> clients_;
 };
