@@ -289,6 +289,37 @@ absl::Status ReadEnvironment(
   return absl::OkStatus();
 }
 
+namespace {
+
+// Whether YAML cannot see anything but this text in it.
+bool IsPlain(const std::string& value) {
+  const bool begins =
+      !value.empty() && (absl::ascii_isalnum(value[0]) || value[0] == '/');
+  return begins && !absl::EqualsIgnoreCase(value, "null") &&
+         absl::c_all_of(value, [](char c) {
+           return absl::ascii_isalnum(c) || absl::StrContains("._/-%", c);
+         });
+}
+
+// In YAML's double quotes, whatever it holds.
+std::string Quoted(const std::string& value) {
+  std::string quoted = "\"";
+  for (char c : value) {
+    if (absl::ascii_iscntrl(c)) {
+      absl::StrAppend(
+          &quoted, "\\x",
+          absl::Hex(static_cast<unsigned char>(c), absl::kZeroPad2));
+      continue;
+    }
+    if (c == '"' || c == '\\') quoted.push_back('\\');
+    quoted.push_back(c);
+  }
+  quoted.push_back('"');
+  return quoted;
+}
+
+}  // namespace
+
 std::string PrintConfig(const BrokerConfig& config) {
   std::string text;
   bool in_policy = false;
@@ -298,15 +329,7 @@ std::string PrintConfig(const BrokerConfig& config) {
     if (policy && !in_policy) absl::StrAppend(&text, "policy:\n");
     in_policy = policy;
     std::string value = setting.write(config);
-    // Quoted where YAML might see something else in it.
-    const bool plain = absl::c_all_of(value, [](char c) {
-      return absl::ascii_isalnum(c) || absl::StrContains("._/-%", c);
-    });
-    if (value.empty() || !plain) {
-      value = absl::StrCat(
-          "\"", absl::StrReplaceAll(value, {{"\\", "\\\\"}, {"\"", "\\\""}}),
-          "\"");
-    }
+    if (!IsPlain(value)) value = Quoted(value);
     absl::StrAppend(&text, policy ? "  " : "", key, ": ", value, "\n");
   }
   return text;

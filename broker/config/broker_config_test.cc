@@ -83,6 +83,18 @@ idle_exit: 30s
   EXPECT_EQ(PrintConfig(again), PrintConfig(config));
 }
 
+TEST(BrokerConfigTest, WhateverATextHoldsIsPrintedSoThatItReadsBack) {
+  for (const std::string text :
+       {"/var/log/a b", "two\nlines", "\x01\x7f\t\\x", "null", "~", "---", "",
+        "%x", "-", "...", "# no comment", "[a", "r\xc3\xa9sum\xc3\xa9"}) {
+    BrokerConfig config, again;
+    config.log_file = text;
+    const std::string printed = PrintConfig(config);
+    ASSERT_TRUE(ReadConfigText(printed, "printed", again).ok()) << printed;
+    EXPECT_EQ(again.log_file, text) << printed;
+  }
+}
+
 TEST(BrokerConfigTest, AnEmptyFileLeavesTheDefaults) {
   EXPECT_EQ(FileError(""), "");
   EXPECT_EQ(FileError("# nothing\n"), "");
