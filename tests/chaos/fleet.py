@@ -94,12 +94,10 @@ class Fleet:
         bin_dir = arguments.bin or (
             pathlib.Path(runfiles) / os.environ["TEST_WORKSPACE"] if runfiles else checkout / "bazel-bin"
         )
-        self._broker_program = bin_dir / "broker/server/kvbrokerd"
-        self._kvctl = bin_dir / "client/cli/kvctl"
-        self._replay = bin_dir / "client/replay/kvbroker-replay"
-        for program in (self._broker_program, self._kvctl, self._replay):
-            if not program.exists():
-                raise ChaosError(f"{program} is not there; run: bazel build //broker/... //client/...")
+        self._bin_dir = bin_dir
+        self._broker_program = self.program("broker/server/kvbrokerd")
+        self._kvctl = self.program("client/cli/kvctl")
+        self._replay = self.program("client/replay/kvbroker-replay")
         self._capacity = arguments.capacity
         self._keep = arguments.keep
         # Short: sockets live in it.
@@ -133,6 +131,12 @@ class Fleet:
             print(f"logs are in {self.folder}")
         else:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+    def program(self, path: str) -> pathlib.Path:
+        program = self._bin_dir / path
+        if not program.exists():
+            raise ChaosError(f"{program} is not there; run: bazel build //broker/... //client/... //tests/...")
+        return program
 
     # ---- the broker ----
 
