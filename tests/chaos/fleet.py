@@ -6,6 +6,8 @@
         fleet.kill_broker(); fleet.start_broker()
         fleet.await_agreement()
 
+All of them record their history, and `check_history` compares it with what is promised.
+
 What is true is asked of the kernel: how much an engine maps is read from its /proc/PID/maps,
 not from what it or the broker says.
 """
@@ -97,11 +99,16 @@ class Fleet:
         self._broker_program = bin_dir / "broker/server/kvbrokerd"
         self._kvctl = bin_dir / "client/cli/kvctl"
         self._replay = bin_dir / "client/replay/kvbroker-replay"
-        for program in (self._broker_program, self._kvctl, self._replay):
+        self._history_check = bin_dir / "tests/history/history_check"
+        for program in (self._broker_program, self._kvctl, self._replay, self._history_check):
             if not program.exists():
-                raise ChaosError(f"{program} is not there; run: bazel build //broker/... //client/...")
+                raise ChaosError(
+                    f"{program} is not there; run: bazel build //broker/... //client/... //tests/history/..."
+                )
         self._capacity = arguments.capacity
         self._keep = arguments.keep
+        # A broker that leaves no history of its part would make nonsense of the others'.
+        self._recorded = getattr(arguments, "upgrade_from", None) is None
         # Short: sockets live in it.
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix="kvb", dir="/tmp"))
         self.sockets = self.folder / "sockets"
@@ -152,7 +159,9 @@ class Fleet:
                     program or self._broker_program, "--backend=host",
                     f"--device-uuid={self._device}", f"--capacity={self._capacity}",
                     f"--socket-dir={self.sockets}", f"--lock-dir={self.folder / 'locks'}",
-                    f"--state-dir={self.folder / 'state'}", f"--ready-fd={writer}", *flags,
+                    f"--state-dir={self.folder / 'state'}", f"--ready-fd={writer}",
+                    *([f"--history-file={self.folder / 'broker.history'}"] if self._recorded else []),
+                    *flags,
                 ],
                 stdout=log, stderr=log, pass_fds=[writer],
             )
@@ -200,13 +209,19 @@ class Fleet:
             process = subprocess.Popen(
                 [
                     self._replay, "--name", name, "--address", self.sockets, "--trace", trace,
-                    "--seed", str(seed), "--json", *flags,
+                    "--seed", str(seed), "--json", f"--history={log.with_suffix('.history')}", *flags,
                 ],
                 stdout=out, stderr=out,
             )
         engine = Engine(name, process, log)
         self.engines.append(engine)
         return engine
+
+    def note_exit(self, engine: Engine) -> None:
+        """Of one that has just been waited for: from now on its memory must become free."""
+        event = {"event": "exited", "at": time.monotonic_ns(), "pid": engine.pid}
+        with (self.folder / "exits.history").open("a") as history:
+            history.write(json.dumps(event) + "\n")
 
     def forget(self, engine: Engine) -> None:
         """Of one that has ended."""
@@ -245,6 +260,23 @@ class Fleet:
                     f"the ledger agrees with what {engine.name} maps, {engine.mapped_bytes()} bytes",
                     lambda engine=engine: not engine.alive() or self.agreed(engine),
                 )
+
+    def check_history(self, free_within_s: float = 1.0) -> dict[str, object]:
+        """Ends the broker and checks the history of all that was. What was seen, by history_check."""
+        self.kill_broker(signal.SIGTERM)
+        if not self._recorded:
+            return {}
+        checked = subprocess.run(
+            [
+                self._history_check, "--json", f"--free-within={free_within_s}",
+                *self.folder.glob("*.history"),
+            ],
+            capture_output=True, text=True, check=False,
+        )
+        if checked.returncode != 0:
+            raise ChaosError(f"the history breaks a promise: {checked.stdout[:5000]}{checked.stderr}")
+        seen: dict[str, object] = json.loads(checked.stdout)
+        return {key: seen[key] for key in ("events", "mappings", "passed_on", "orders", "deaths", "unjudged_deaths")}
 
     def await_empty(self, remembered: tuple[str, ...] = ()) -> None:
         """Nobody is connected and nothing is lent; only the limits of some are remembered."""
