@@ -52,6 +52,7 @@ policy:
   fence: true
 log_level: debug
 log_file: "/var/log/kv broker.log"
+history_file: "/var/log/kvbroker.history"
 idle_exit: 30s
 )",
                                        "kv.yaml", config);
@@ -74,6 +75,7 @@ idle_exit: 30s
   EXPECT_TRUE(config.policy.fence_ignoring);
   EXPECT_EQ(config.log_level, "debug");
   EXPECT_EQ(config.log_file, "/var/log/kv broker.log");
+  EXPECT_EQ(config.history_file, "/var/log/kvbroker.history");
   EXPECT_EQ(config.idle_exit, absl::Seconds(30));
 
   // What is printed reads back to the same.

@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <utility>
@@ -196,9 +197,17 @@ std::string ToJsonLine(const HistoryEvent& event) {
 absl::StatusOr<std::unique_ptr<HistoryFile>> HistoryFile::Create(
     const std::string& path, std::function<void(std::string_view)> warn) {
   UniqueFd file(open(path.c_str(),
-                     O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC | O_NOCTTY,
-                     0640));
+                     O_RDWR | O_APPEND | O_CREAT | O_CLOEXEC | O_NOCTTY, 0640));
   if (!file) return ErrnoToStatus(errno, "open of history_file " + path);
+  // A broker that was killed may have left half a line.
+  struct stat info;
+  char last = '\n';
+  if (fstat(file.get(), &info) == 0 && info.st_size > 0 &&
+      pread(file.get(), &last, 1, info.st_size - 1) == 1 && last != '\n') {
+    if (absl::Status status = WriteAll(file.get(), "\n"); !status.ok()) {
+      return status;
+    }
+  }
   return std::unique_ptr<HistoryFile>(
       new HistoryFile(std::move(file), std::move(warn)));
 }

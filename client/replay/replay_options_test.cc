@@ -81,6 +81,8 @@ TEST(ReplayOptionsTest, ReadsEveryFlag) {
                                         "2.5",
                                         "--requests",
                                         "r.csv",
+                                        "--history",
+                                        "h.json",
                                         "--json",
                                         "--status-fd",
                                         "5",
@@ -105,6 +107,7 @@ TEST(ReplayOptionsTest, ReadsEveryFlag) {
   EXPECT_EQ(options.max, GiB(1));
   EXPECT_EQ(options.weight, 2.5);
   EXPECT_EQ(options.requests_file, "r.csv");
+  EXPECT_EQ(options.history_file, "h.json");
   EXPECT_TRUE(options.json);
   EXPECT_EQ(options.status_fd, 5);
   EXPECT_TRUE(options.print_capacity);

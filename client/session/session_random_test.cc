@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <functional>
 #include <iostream>
 #include <memory>
 #include <random>
@@ -21,10 +22,12 @@
 #include "broker/base/status_macros.h"
 #include "broker/core/core.h"
 #include "broker/device/fake_backend.h"
+#include "client/history/mapping_event.h"
 #include "client/session/lossy_link.h"
 #include "client/session/session.h"
 #include "gtest/gtest.h"
 #include "tests/harness/null_mapper.h"
+#include "tests/history/history_checker.h"
 
 namespace kvbroker::client {
 namespace {
@@ -43,17 +46,25 @@ uint64_t FromEnvironment(const char* variable, uint64_t otherwise) {
   return value;
 }
 
-// Knows which pages are mapped.
+// Knows which pages are mapped, and records it.
 class KnowingMapper : public testing::NullMapper {
  public:
+  using Record = std::function<void(MappingEvent::Kind, PageIndex)>;
+
+  explicit KnowingMapper(Record record) : record_(std::move(record)) {
+    record_(MappingEvent::Kind::kPool, PageIndex());
+  }
+
   absl::Status Map(PageIndex page, std::vector<UniqueFd> handles) override {
     RETURN_IF_ERROR(NullMapper::Map(page, std::move(handles)));
+    record_(MappingEvent::Kind::kMap, page);
     pages_.insert(page);
     return absl::OkStatus();
   }
   absl::Status Unmap(PageIndex page) override {
     if (busy_) return absl::FailedPreconditionError("running work");
     RETURN_IF_ERROR(NullMapper::Unmap(page));
+    record_(MappingEvent::Kind::kUnmap, page);
     pages_.erase(page);
     return absl::OkStatus();
   }
@@ -61,6 +72,7 @@ class KnowingMapper : public testing::NullMapper {
   void SetBusy(bool busy) { busy_ = busy; }
 
  private:
+  const Record record_;
   std::set<PageIndex> pages_;
   bool busy_ = false;
 };
@@ -116,6 +128,8 @@ class World {
     EXPECT_GT(preempts_, 10);
     EXPECT_GT(removals_, 100);
     EXPECT_GT(resends_, 5);
+    const HistoryStatistics& history = history_.statistics();
+    EXPECT_GT(history.intervals - history.unmatched_mappings, 500);
     EXPECT_GT(breaks_, 10);
     EXPECT_GT(restarts_, 10);
   }
@@ -149,7 +163,15 @@ class World {
     auto session = *Session::Create(
         std::move(options),
         [&](const PoolGeometry&) {
-          auto mapper = std::make_unique<KnowingMapper>();
+          auto mapper = std::make_unique<KnowingMapper>(
+              [this, number, pool = static_cast<uint32_t>(mappers.size())](
+                  MappingEvent::Kind kind, PageIndex page) {
+                history_.Add(++events_, MappingEvent{.kind = kind,
+                                                     .at = clock_.Now(),
+                                                     .pid = PeerOf(number).pid,
+                                                     .pool = pool,
+                                                     .page = page});
+              });
           mappers.push_back(mapper.get());
           return mapper;
         },
@@ -190,6 +212,9 @@ class World {
     options.incarnation = ++incarnation_;
     options.remembered = std::move(remembered);
     const bool log = FromEnvironment("KVBROKER_TEST_LOG", 0) != 0;
+    options.history = [this](absl::Span<const HistoryEvent> events) {
+      for (const HistoryEvent& event : events) history_.Add(++events_, event);
+    };
     options.log = [this, log](std::string_view line) {
       if (log) std::cout << clock_.Now() << " " << line << "\n";
       if (line.substr(0, 6) == "grant ") ++grants_;
@@ -412,6 +437,10 @@ class World {
   // ---- what must hold ----
 
   absl::Status Check() {
+    if (!history_.violations().empty()) {
+      return absl::InternalError(
+          absl::StrCat("history: ", history_.violations().front().what));
+    }
     RETURN_IF_ERROR(core_->CheckInvariants());
     for (User& user : users_) {
       RETURN_IF_ERROR(user.pool->CheckInvariants());
@@ -535,6 +564,8 @@ class World {
 
   std::mt19937_64 random_;
   FakeClock clock_;
+  HistoryChecker history_;
+  EventRef events_ = 0;
   std::unique_ptr<FakeBackend> backend_;
   uint64_t incarnation_ = 0;
   std::unique_ptr<Core> core_;

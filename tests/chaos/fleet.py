@@ -6,6 +6,8 @@
         fleet.kill_broker(); fleet.start_broker()
         fleet.await_agreement()
 
+All of them record their history, and `check_history` compares it with what is promised.
+
 What is true is asked of the kernel: how much an engine maps is read from its /proc/PID/maps,
 not from what it or the broker says.
 """
@@ -69,6 +71,8 @@ class Engine:
             summary = json.loads(text.splitlines()[-1])
         except (IndexError, ValueError):
             summary = {}
+        if status == -signal.SIGTERM and not text:
+            return {}  # ended before it had begun
         if status != 0 or summary.get("integrity_errors") != 0:
             raise ChaosError(f"engine {self.name} (pid {self.pid}) ended with {status}: {text[-2000:]}")
         return summary
@@ -98,8 +102,11 @@ class Fleet:
         self._broker_program = self.program("broker/server/kvbrokerd")
         self._kvctl = self.program("client/cli/kvctl")
         self._replay = self.program("client/replay/kvbroker-replay")
+        self._history_check = self.program("tests/history/history_check")
         self._capacity = arguments.capacity
         self._keep = arguments.keep
+        # A broker that leaves no history of its part would make nonsense of the others'.
+        self._recorded = getattr(arguments, "upgrade_from", None) is None
         # Short: sockets live in it.
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix="kvb", dir="/tmp"))
         self.sockets = self.folder / "sockets"
@@ -135,7 +142,7 @@ class Fleet:
     def program(self, path: str) -> pathlib.Path:
         program = self._bin_dir / path
         if not program.exists():
-            raise ChaosError(f"{program} is not there; run: bazel build //broker/... //client/... //tests/...")
+            raise ChaosError(f"{program} is not there; run: bazel build //broker/... //client/... //tests/history/...")
         return program
 
     # ---- the broker ----
@@ -156,7 +163,9 @@ class Fleet:
                     program or self._broker_program, "--backend=host",
                     f"--device-uuid={self._device}", f"--capacity={self._capacity}",
                     f"--socket-dir={self.sockets}", f"--lock-dir={self.folder / 'locks'}",
-                    f"--state-dir={self.folder / 'state'}", f"--ready-fd={writer}", *flags,
+                    f"--state-dir={self.folder / 'state'}", f"--ready-fd={writer}",
+                    *([f"--history-file={self.folder / 'broker.history'}"] if self._recorded else []),
+                    *flags,
                 ],
                 stdout=log, stderr=log, pass_fds=[writer],
             )
@@ -204,13 +213,19 @@ class Fleet:
             process = subprocess.Popen(
                 [
                     self._replay, "--name", name, "--address", self.sockets, "--trace", trace,
-                    "--seed", str(seed), "--json", *flags,
+                    "--seed", str(seed), "--json", f"--history={log.with_suffix('.history')}", *flags,
                 ],
                 stdout=out, stderr=out,
             )
         engine = Engine(name, process, log)
         self.engines.append(engine)
         return engine
+
+    def note_exit(self, engine: Engine) -> None:
+        """Of one that has just been waited for: from now on its memory must become free."""
+        event = {"event": "exited", "at": time.monotonic_ns(), "pid": engine.pid}
+        with (self.folder / "exits.history").open("a") as history:
+            history.write(json.dumps(event) + "\n")
 
     def forget(self, engine: Engine) -> None:
         """Of one that has ended."""
@@ -249,6 +264,28 @@ class Fleet:
                     f"the ledger agrees with what {engine.name} maps, {engine.mapped_bytes()} bytes",
                     lambda engine=engine: not engine.alive() or self.agreed(engine),
                 )
+
+    def check_history(self, free_within_s: float = 1.0) -> dict[str, object]:
+        """Ends the broker and checks the history of all that was. What was seen, by history_check."""
+        self.kill_broker(signal.SIGTERM)
+        if not self._recorded:
+            return {}
+        checked = subprocess.run(
+            [
+                self._history_check, "--json", f"--free-within={free_within_s}",
+                *self.folder.glob("*.history"),
+            ],
+            capture_output=True, text=True, check=False,
+        )
+        if checked.returncode != 0:
+            raise ChaosError(f"the history breaks a promise: {checked.stdout[:5000]}{checked.stderr}")
+        seen: dict[str, object] = json.loads(checked.stdout)
+        return {key: seen[key] for key in ("events", "mappings", "passed_on", "orders", "deaths", "unjudged_deaths")}
+
+    def forget_history(self) -> None:
+        """What comes next is another one. Between two brokers, with no engine alive."""
+        for file in self.folder.glob("*.history"):
+            file.unlink()
 
     def await_empty(self, remembered: tuple[str, ...] = ()) -> None:
         """Nobody is connected and nothing is lent; only the limits of some are remembered."""

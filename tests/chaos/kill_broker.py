@@ -104,6 +104,7 @@ def main() -> None:
             "engines_whole": done,
             "engines_failed": 0,
             "limit_changes": limit_changes,
+            "history": fleet.check_history(),
             "seed": seed,
         }
         print(json.dumps(counts, indent=2))

@@ -60,6 +60,7 @@ def main() -> None:
                 victim.process.send_signal(signal.SIGKILL)
             for victim in victims:
                 victim.process.wait()
+                fleet.note_exit(victim)
                 freed_after.append(
                     fleet.eventually(
                         f"{victim.name} (pid {victim.pid}) is gone from the broker's books",
@@ -97,6 +98,7 @@ def main() -> None:
             "times_books_agreed_with_the_kernel": agreements,
             "descriptors_at_start": descriptors,
             "descriptors_at_end": fleet.broker_descriptors(),
+            "history": fleet.check_history(arguments.within),
             "seed": seed,
         }
         print(json.dumps(counts, indent=2))

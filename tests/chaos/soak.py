@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import pathlib
 import random
 import signal
-import subprocess
 import time
 
 import fleet as chaos
@@ -51,14 +49,11 @@ class Soak:
         self._fleet = fleet
         self._rng = rng
         self._arguments = arguments
-        self._checker = fleet.program("tests/history/history_check")
-        self._histories: list[pathlib.Path] = []
-        self._engines_started = 0
         self._counts = dict.fromkeys(
             (
                 "phases", "rounds", "engines", "engines_killed", "engines_stopped", "engines_left",
                 "limits_moved", "policies_moved", "broker_kills", "broker_terms", "events_checked",
-                "pages_checked",
+                "mappings_checked", "deaths_checked",
             ),
             0,
         )
@@ -83,7 +78,7 @@ class Soak:
                 f"{self._counts['engines_killed']} killed, {self._counts['broker_kills']} broker kills; "
                 f"broker: {last[0] / MIB:.1f} MiB, {last[1]} descriptors"
             )
-        if self._histories:
+        if self._counts["rounds"] % self._arguments.phase != 0:
             self._end_phase()
         lived = max((self._longest, self._flatness), key=len)
         return {
@@ -97,9 +92,7 @@ class Soak:
     # ---- the broker ----
 
     def _start_broker(self) -> None:
-        history = self._fleet.folder / f"broker{self._fleet.broker_starts}.history"
-        self._fleet.start_broker(f"--history-file={history}", "--log-level=info")
-        self._histories.append(history)
+        self._fleet.start_broker()
         self._longest = max((self._longest, self._flatness), key=len)
         self._flatness = []
 
@@ -159,13 +152,10 @@ class Soak:
         self._check()
 
     def _start_engine(self) -> None:
-        self._engines_started += 1
         self._counts["engines"] += 1
-        history = self._fleet.folder / f"engine{self._engines_started}.history"
-        self._histories.append(history)
         self._fleet.start_engine(
             f"engine{self._rng.randrange(NAMES)}", "--speedup=40", f"--shift={self._rng.randrange(1200)}",
-            f"--rate-scale={self._rng.choice((0.5, 1, 2))}", f"--history={history}",
+            f"--rate-scale={self._rng.choice((0.5, 1, 2))}",
             f"--model={self._rng.choice(('llama-3.1-8b', 'qwen3-4b', 'qwen2.5-7b'))}",
             trace=self._rng.choice(("builtin:conv", "builtin:code")), seed=self._rng.randrange(1000),
         )
@@ -174,7 +164,6 @@ class Soak:
         self._counts["engines_killed"] += 1
         engine.process.send_signal(signal.SIGKILL)
         engine.process.wait()
-        self._exited(engine)
         self._fleet.forget(engine)
 
     def _kill_or_wake(self, doomed: list[chaos.Engine]) -> None:
@@ -186,15 +175,8 @@ class Soak:
 
     def _left(self, engine: chaos.Engine) -> None:
         engine.check_ended_well()
-        self._exited(engine)
         self._counts["engines_left"] += 1
         self._fleet.forget(engine)
-
-    def _exited(self, engine: chaos.Engine) -> None:
-        """Records the end of a process for the check."""
-        line = json.dumps({"event": "exited", "at": time.monotonic_ns(), "pid": engine.pid})
-        with (self._fleet.folder / "test.history").open("a") as file:
-            file.write(line + "\n")
 
     def _set(self, *words: str) -> None:
         # An instance may have gone meanwhile, and guarantees may be more than there is.
@@ -212,22 +194,14 @@ class Soak:
             raise chaos.ChaosError(f"the broker's descriptors grow: {[d for _, d in self._flatness]}")
 
     def _end_phase(self) -> None:
-        # The check judges a death once the broker has lived a second longer.
+        # A death is judged once the broker has done something a second later.
         time.sleep(1.1)
-        self._set("policy", "nobody", "--max", "1M", "--preset")
-        self._fleet.kill_broker(signal.SIGTERM)
-        files = [file for file in (self._fleet.folder / "test.history", *self._histories) if file.exists()]
-        done = subprocess.run([self._checker, "--json", *files], capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            told = subprocess.run([self._checker, *files], capture_output=True, text=True, check=False)
-            raise chaos.ChaosError(f"the history breaks a promise: {told.stdout[:6000]}{told.stderr[:2000]}")
-        seen = json.loads(done.stdout)
-        self._counts["events_checked"] += seen["events"]
-        self._counts["pages_checked"] += seen["pages"]
+        self._set("limit", "nobody", "1M", "--preset")
+        seen = self._fleet.check_history()
+        self._fleet.forget_history()
+        for kind in ("events", "mappings", "deaths"):
+            self._counts[f"{kind}_checked"] += seen[kind]
         self._counts["phases"] += 1
-        for file in files:
-            file.unlink()
-        self._histories = []
 
 
 if __name__ == "__main__":

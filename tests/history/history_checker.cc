@@ -51,8 +51,7 @@ void HistoryChecker::Break(Rule rule, std::string what,
   violations_.push_back({rule, std::move(what), std::move(events)});
 }
 
-// ---- the broker
-// --------------------------------------------------------------
+// ---- the broker -------------------------------------------------------------
 
 void HistoryChecker::Add(EventRef ref, const HistoryEvent& event) {
   ++statistics_.events;
@@ -508,8 +507,7 @@ void HistoryChecker::CheckSums(EventRef ref, const HistoryEvent& event) {
   }
 }
 
-// ---- the processes
-// -----------------------------------------------------------
+// ---- the processes ----------------------------------------------------------
 
 void HistoryChecker::EndMapping(const Mapping& mapping) {
   for (const client::MemoryIdentity& identity : mapping.memory) {

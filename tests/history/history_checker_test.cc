@@ -15,6 +15,7 @@
 namespace kvbroker {
 namespace {
 
+using ::testing::Contains;
 using ::testing::ElementsAre;
 using ::testing::IsEmpty;
 using ::testing::SizeIs;
@@ -42,7 +43,8 @@ class HistoryCheckerTest : public testing::Test {
     start.incarnation = 1;
   }
 
-  // ---- the broker ----
+  // ---- the broker
+  // -------------------------------------------------------------
   HistoryEvent& Event(Kind kind) {
     HistoryEvent event;
     event.kind = kind;
@@ -55,7 +57,7 @@ class HistoryCheckerTest : public testing::Test {
   }
   HistoryEvent& Event(Kind kind, uint64_t session) {
     HistoryEvent& event = Event(kind);
-    const Figures& of = figures_[session];
+    const Figures& of = FiguresOf(session);
     event.tenant = of.tenant;
     event.instance = of.name;
     event.held = of.lent + of.credit;
@@ -68,7 +70,7 @@ class HistoryCheckerTest : public testing::Test {
   }
   void Open(uint64_t session, std::string tenant, Bytes min, Bytes max) {
     Mapping(MappingEvent::Kind::kPool, session);
-    figures_[session] = {
+    FiguresOf(session) = {
         std::move(tenant), std::string(1, 'a' + session), min, max, {}, {}};
     HistoryEvent& event = Event(Kind::kOpen, session);
     event.pid = static_cast<uint32_t>(100 + session);
@@ -77,8 +79,8 @@ class HistoryCheckerTest : public testing::Test {
   HistoryEvent& Grant(uint64_t session, std::vector<PageName> pages,
                       Bytes drawn = Bytes(0)) {
     const Bytes bytes = kPage * static_cast<int64_t>(pages.size());
-    figures_[session].lent += bytes;
-    figures_[session].credit -= drawn;
+    FiguresOf(session).lent += bytes;
+    FiguresOf(session).credit -= drawn;
     lent_ += bytes;
     credit_ -= drawn;
     HistoryEvent& event = Event(Kind::kGrant, session);
@@ -88,19 +90,19 @@ class HistoryCheckerTest : public testing::Test {
   }
   void Back(uint64_t session, std::vector<PageName> pages) {
     const Bytes bytes = kPage * static_cast<int64_t>(pages.size());
-    figures_[session].lent -= bytes;
+    FiguresOf(session).lent -= bytes;
     lent_ -= bytes;
     releasing_ += bytes;
     Event(Kind::kBack, session).pages = std::move(pages);
   }
   void Credit(uint64_t session, Bytes bytes) {
-    credit_ += bytes - figures_[session].credit;
-    figures_[session].credit = bytes;
+    credit_ += bytes - FiguresOf(session).credit;
+    FiguresOf(session).credit = bytes;
     Event(Kind::kCredit, session);
   }
   void Limits(uint64_t session, Bytes min, Bytes max) {
-    figures_[session].min = min;
-    figures_[session].max = max;
+    FiguresOf(session).min = min;
+    FiguresOf(session).max = max;
     Event(Kind::kLimits, session);
   }
   void Order(uint64_t session, PageCount hold_at_most, Bytes for_others) {
@@ -109,8 +111,9 @@ class HistoryCheckerTest : public testing::Test {
     event.for_others = for_others;
   }
   void Gone(uint64_t session, std::string why = "process gone") {
-    const Bytes bytes = std::exchange(figures_[session].lent, Bytes(0));
-    credit_ -= std::exchange(figures_[session].credit, Bytes(0));
+    const Bytes bytes = FiguresOf(session).lent - moved_[session];
+    FiguresOf(session).lent -= bytes;
+    credit_ -= std::exchange(FiguresOf(session).credit, Bytes(0));
     lent_ -= bytes;
     releasing_ += bytes;
     HistoryEvent& event = Event(Kind::kGone, session);
@@ -118,13 +121,33 @@ class HistoryCheckerTest : public testing::Test {
     event.pid = static_cast<uint32_t>(100 + session);
     event.why = std::move(why);
   }
+  // The process of session `earlier` opens another one, of the same instance.
+  void Reopen(uint64_t earlier, uint64_t session) {
+    instance_of_[session] = earlier;
+    HistoryEvent& event = Event(Kind::kOpen, session);
+    event.pid = static_cast<uint32_t>(100 + earlier);
+    event.pools = {{event.pool, kPage}};
+  }
+  // `from` a session, or 0: adopted.
+  void Resume(uint64_t session, PageName page, uint64_t from) {
+    if (from == 0) {
+      FiguresOf(session).lent += kPage;
+      lent_ += kPage;
+    } else {
+      moved_[from] += kPage;
+    }
+    HistoryEvent& event = Event(Kind::kResume, session);
+    event.pages = {page};
+    if (from != 0) event.from = PoolId(10 + from);
+  }
   void Released(Bytes bytes) {
     releasing_ -= bytes;
     Event(Kind::kReleased).bytes = bytes;
   }
   void Drain() { Event(Kind::kDrain); }
 
-  // ---- the processes ----
+  // ---- the processes
+  // ----------------------------------------------------------
   MappingEvent& Mapping(MappingEvent::Kind kind, uint64_t session) {
     return events_.emplace_back().emplace<MappingEvent>(
         MappingEvent{.kind = kind,
@@ -206,10 +229,17 @@ class HistoryCheckerTest : public testing::Test {
   HistoryStatistics statistics_;
 
  private:
+  Figures& FiguresOf(uint64_t session) {
+    auto other = instance_of_.find(session);
+    return figures_[other == instance_of_.end() ? session : other->second];
+  }
+
   absl::Time now_ = absl::UnixEpoch() + absl::Hours(1);
   uint64_t number_ = 0;
   Bytes lent_, credit_, releasing_;
   std::map<uint64_t, Figures> figures_;
+  std::map<uint64_t, uint64_t> instance_of_;  // of sessions that came later
+  std::map<uint64_t, Bytes> moved_;           // out of a session, into another
 };
 
 TEST_F(HistoryCheckerTest, AGoodHistoryBreaksNothing) {
@@ -228,8 +258,7 @@ TEST_F(HistoryCheckerTest, AGoodHistoryBreaksNothing) {
   EXPECT_EQ(statistics_.unmatched_mappings, 0);
 }
 
-// ---- one-owner, tenant, lent
-// -------------------------------------------------
+// ---- one-owner, tenant, lent ------------------------------------------------
 
 TEST_F(HistoryCheckerTest, OneOwnerMemoryMappedByTwoProcesses) {
   GoodHistory();
@@ -296,8 +325,7 @@ TEST_F(HistoryCheckerTest, LentMappedBeyondItsSessionsEnd) {
   EXPECT_EQ(statistics_.violations[static_cast<size_t>(Rule::kLent)], 2);
 }
 
-// ---- max, min
-// ----------------------------------------------------------------
+// ---- max, min ---------------------------------------------------------------
 
 TEST_F(HistoryCheckerTest, MaxGrantAboveIt) {
   GoodHistory();
@@ -342,8 +370,7 @@ TEST_F(HistoryCheckerTest, MinOrderFurtherDownThanToItsMax) {
   EXPECT_THAT(Broken(), ElementsAre("min"));
 }
 
-// ---- capacity, sums, generation
-// ----------------------------------------------
+// ---- capacity, sums, generation ---------------------------------------------
 
 TEST_F(HistoryCheckerTest, CapacityMoreLentThanThereIs) {
   GoodHistory();
@@ -399,8 +426,56 @@ TEST_F(HistoryCheckerTest, GenerationReturnOfWhatIsNotLent) {
   EXPECT_THAT(Broken(), ElementsAre("generation"));
 }
 
-// ---- death
-// -------------------------------------------------------------------
+// ---- resuming ---------------------------------------------------------------
+
+// Process 1 opens anew, as session 5 with pool 15; its earlier one is 1.
+class ResumingTest : public HistoryCheckerTest {
+ protected:
+  // Holds two pages, of which it maps `mapped`.
+  void OpenTwice(uint32_t mapped) {
+    Open(1, "t", Bytes(0), Bytes(200));
+    Grant(1, {Page(0, 1), Page(1, 2)});
+    Map(1, mapped, 50);
+    Reopen(1, 5);
+  }
+  // Page 1 is not resumed.
+  void EarlierSessionEnds() {
+    Gone(1, "resumed");
+    Released(kPage);
+  }
+};
+
+TEST_F(ResumingTest, PagesGoOnInTheNextSession) {
+  OpenTwice(0);
+  Resume(5, Page(0, 1), 1);
+  EarlierSessionEnds();
+  Unmap(1, 0);
+  Back(5, {Page(0, 1)});
+  EXPECT_THAT(Broken(), IsEmpty()) << violations_[0].what;
+}
+
+TEST_F(ResumingTest, LentWhatIsMappedMustBeResumed) {
+  OpenTwice(1);
+  Resume(5, Page(0, 1), 1);
+  EarlierSessionEnds();
+  EXPECT_THAT(Broken(), ElementsAre("lent"));
+}
+
+TEST_F(ResumingTest, GenerationOnlyWhatWasLentIsResumed) {
+  OpenTwice(0);
+  Resume(5, Page(0, 2), 1);
+  EXPECT_THAT(Broken(), Contains("generation"));
+}
+
+TEST_F(ResumingTest, CapacityIsNotBrokenByWhatIsAdopted) {
+  OpenTwice(0);
+  for (uint32_t i = 0; i < 11; ++i) Resume(5, Page(5 + i, 5 + i), 0);
+  EXPECT_THAT(Broken(), IsEmpty()) << violations_[0].what;
+  Grant(5, {Page(20, 20)});
+  EXPECT_THAT(Broken(), ElementsAre("capacity"));
+}
+
+// ---- death ------------------------------------------------------------------
 
 TEST_F(HistoryCheckerTest, DeathThatIsNotNoticed) {
   GoodHistory();
@@ -447,8 +522,7 @@ TEST_F(HistoryCheckerTest, DeathEndsMappings) {
   EXPECT_THAT(Broken(), IsEmpty());
 }
 
-// ---- complete
-// ----------------------------------------------------------------
+// ---- complete ---------------------------------------------------------------
 
 TEST_F(HistoryCheckerTest, CompleteAnEventMisses) {
   GoodHistory();

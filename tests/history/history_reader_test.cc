@@ -1,9 +1,13 @@
 #include "tests/history/history_reader.h"
 
+#include <filesystem>
+#include <fstream>
+#include <iterator>
 #include <string>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "broker/base/temp_folder.h"
 #include "broker/telemetry/history_file.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
@@ -14,6 +18,7 @@ namespace {
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
+using ::testing::SizeIs;
 using Kind = HistoryEvent::Kind;
 
 HistoryEvent BrokerEvent(Kind kind, uint64_t number, int64_t nanos) {
@@ -130,6 +135,41 @@ TEST(HistoryReaderTest, ATornLineIsToleratedWhereItsWriterDied) {
   const absl::Status status =
       ReadHistory({{"f", start + "{\"event\":\"dra\n" + drain}}).status();
   EXPECT_THAT(std::string(status.message()), HasSubstr("f line 2"));
+}
+
+TEST(HistoryReaderTest, ABrokerGoesOnInTheFileOfOneThatWasKilled) {
+  const TempFolder folder;
+  const std::string path = folder / "history";
+  for (int life = 0; life < 2; ++life) {
+    auto file = HistoryFile::Create(path, [](std::string_view) {});
+    ASSERT_TRUE(file.ok()) << file.status();
+    (*file)->Write({BrokerEvent(Kind::kStart, 1, 10 + life),
+                    BrokerEvent(Kind::kHangUp, 2, 20 + life)});
+    std::filesystem::resize_file(path, std::filesystem::file_size(path) - 7);
+  }
+  std::ifstream stream(path);
+  const std::vector<HistoryFileText> files = {
+      {path, std::string(std::istreambuf_iterator<char>(stream),
+                         std::istreambuf_iterator<char>())}};
+  const auto lines = ReadHistory(files);
+  ASSERT_TRUE(lines.ok()) << lines.status();
+  EXPECT_THAT(*lines, SizeIs(2));  // both starts
+}
+
+TEST(HistoryReaderTest, AFileThatCannotBeOpenedIsNamed) {
+  const absl::Status status =
+      HistoryFile::Create("/nowhere/history", [](std::string_view) {}).status();
+  EXPECT_THAT(std::string(status.message()), HasSubstr("/nowhere/history"));
+}
+
+TEST(HistoryReaderTest, AWriteThatFailsEndsTheFileAndIsToldOnce) {
+  int told = 0;
+  auto file =
+      HistoryFile::Create("/dev/full", [&](std::string_view) { ++told; });
+  ASSERT_TRUE(file.ok()) << file.status();
+  (*file)->Write({BrokerEvent(Kind::kStart, 1, 1)});
+  (*file)->Write({BrokerEvent(Kind::kDrain, 2, 2)});
+  EXPECT_EQ(told, 1);
 }
 
 TEST(HistoryReaderTest, CheckedAsTheyHappened) {
