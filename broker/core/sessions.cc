@@ -130,7 +130,7 @@ absl::Status Core::CheckOpen(const Peer& peer, const Open& open,
                      "; upgrade the older side; got ", open.protocol_version));
   }
   if (draining_) {
-    return absl::FailedPreconditionError("the broker is draining");
+    return absl::UnavailableError("the broker is draining; try its successor");
   }
   RETURN_IF_ERROR(CheckInstanceName(open.instance));
   if (open.pools.empty() || open.pools.size() > kMaxPools) {

@@ -60,6 +60,7 @@ RecordingMapper::RecordingMapper(std::unique_ptr<Mapper> mapper,
 
 RecordingMapper::~RecordingMapper() {
   mapper_.reset();
+  --recorder_.pools_;
   recorder_.Record({.kind = MappingEvent::Kind::kClosed, .pool = pool_});
 }
 

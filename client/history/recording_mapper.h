@@ -17,8 +17,9 @@
 // leaves whole lines, but for the last one. A write that fails ends the
 // process, since a history with holes would accuse the innocent.
 //
-// One recorder a session. Threads: as for any Mapper; several mappers of one
-// recorder may be used at the same time.
+// One recorder a session, and for the next one when that has been destroyed.
+// Threads: as for any Mapper; several mappers of one recorder may be used at the
+// same time.
 #ifndef KVBROKER_CLIENT_HISTORY_RECORDING_MAPPER_H_
 #define KVBROKER_CLIENT_HISTORY_RECORDING_MAPPER_H_
 
@@ -55,7 +56,7 @@ class MappingRecorder {
   const UniqueFd file_;
   const std::string instance_;
   const uint32_t pid_;
-  uint32_t pools_ = 0;
+  uint32_t pools_ = 0;  // mappers that live
 };
 
 class RecordingMapper : public Mapper {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "absl/time/clock.h"
 #include "broker/base/status_macros.h"
 #include "client/arena/host_mapper.h"
 #include "client/session/grpc_link.h"
@@ -11,12 +12,12 @@ namespace kvbroker::client {
 namespace {
 
 constexpr absl::Duration kReconnectWithin = absl::Seconds(1);
+// Between attempts while the broker is being restarted.
+constexpr absl::Duration kTryAgain = absl::Milliseconds(20);
 
-}  // namespace
-
-absl::StatusOr<std::unique_ptr<Session>> OpenSession(
-    const BrokerAddress& address, SessionOptions options) {
-  const absl::Duration timeout = options.open_timeout;
+absl::StatusOr<std::unique_ptr<Session>> TryOpenSession(
+    const BrokerAddress& address, SessionOptions options,
+    absl::Duration timeout) {
   ASSIGN_OR_RETURN(std::unique_ptr<Session> session,
                    Session::Create(
                        std::move(options),
@@ -42,6 +43,21 @@ absl::StatusOr<std::unique_ptr<Session>> OpenSession(
   session->Start();
   RETURN_IF_ERROR(session->WaitUntilOpen());
   return session;
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Session>> OpenSession(
+    const BrokerAddress& address, SessionOptions options) {
+  const absl::Time give_up = absl::Now() + options.open_timeout;
+  while (true) {
+    absl::StatusOr<std::unique_ptr<Session>> session =
+        TryOpenSession(address, options, give_up - absl::Now());
+    const bool restarting = absl::IsUnavailable(session.status()) ||
+                            absl::IsNotFound(session.status());
+    if (!restarting || absl::Now() + kTryAgain >= give_up) return session;
+    absl::SleepFor(kTryAgain);
+  }
 }
 
 }  // namespace kvbroker::client

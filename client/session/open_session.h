@@ -11,7 +11,8 @@
 namespace kvbroker::client {
 
 // Connects, opens and starts. Fails with what the broker said, or UNAVAILABLE
-// where there is none.
+// where there is none: a broker that is being restarted, whose socket is there
+// and does not answer, is waited for until `options.open_timeout` is over.
 absl::StatusOr<std::unique_ptr<Session>> OpenSession(
     const BrokerAddress& address, SessionOptions options);
 

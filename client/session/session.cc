@@ -329,18 +329,17 @@ void Session::Process(const Opened& opened) {
         "process, or upgrade the broker")});
     return;
   }
-  {
-    MutexLock lock(&mu_);
-    opened_ = opened;
-    health_ = absl::OkStatus();
-    changed_.SignalAll();
-  }
   limit_revision_ = opened.limit_revision;
   opened_at_ = clock_.Now();
   if (resumes) SayResume();
   for (const auto& [id, pool] : pool_by_id_) {
     pool->OnOpened(id, opened.max, opened.capacity);
   }
+  // Last: who waits for it uses the pools at once.
+  MutexLock lock(&mu_);
+  opened_ = opened;
+  health_ = absl::OkStatus();
+  changed_.SignalAll();
 }
 
 void Session::SayResume() {

@@ -164,6 +164,7 @@ class Soak:
         self._counts["engines_killed"] += 1
         engine.process.send_signal(signal.SIGKILL)
         engine.process.wait()
+        self._fleet.note_exit(engine)
         self._fleet.forget(engine)
 
     def _kill_or_wake(self, doomed: list[chaos.Engine]) -> None:
@@ -175,6 +176,7 @@ class Soak:
 
     def _left(self, engine: chaos.Engine) -> None:
         engine.check_ended_well()
+        self._fleet.note_exit(engine)
         self._counts["engines_left"] += 1
         self._fleet.forget(engine)
 
