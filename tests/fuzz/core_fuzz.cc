@@ -25,6 +25,7 @@ namespace {
 
 constexpr Bytes kCapacity = MiB(16);
 constexpr Bytes kGoodMin = MiB(4);
+constexpr uint64_t kIncarnation = 1;  // of FakeWorld's core
 constexpr int kMaxInstructions = 200;
 
 // Remembers what it was told, to say it again wrongly.
@@ -70,7 +71,7 @@ struct Hostile {
 class Program {
  public:
   explicit Program(testing::FuzzInput input)
-      : input_(input), world_({.capacity = kCapacity}) {
+      : input_(input), world_(WorldOf(input_)) {
     good_ = &world_.Start({.name = "good",
                            .tenant = "uid:1",
                            .handle = MiB(1),
@@ -88,6 +89,19 @@ class Program {
   }
 
  private:
+  // Half of them after a restart, of which some of the hostile are known.
+  static FakeWorld::Options WorldOf(testing::FuzzInput& input) {
+    FakeWorld::Options options = {.capacity = kCapacity};
+    if (input.Flip()) return options;
+    options.remembered.incomplete = input.Below(4) == 0;
+    options.remembered.hold = input.Flip();
+    for (uint32_t pid = 0; pid < 2; ++pid) {
+      options.remembered.sessions.push_back(
+          {.peer = {.tenant = "uid:2", .uid = 1, .pid = pid}, .instance = "a"});
+    }
+    return options;
+  }
+
   Core& core() { return world_.core(); }
 
   void Instruction() {
@@ -198,6 +212,14 @@ class Program {
     if (input_.Flip()) open.min = Bytes(int64_t(input_.Number() >> 8));
     if (input_.Flip()) open.max = Bytes(int64_t(input_.Number() >> 8));
     if (input_.Flip()) open.weight = double(input_.Number());
+    if (input_.Below(3) == 0) {
+      const std::optional<Hostile>& earlier = AnyPlace();
+      open.resuming =
+          Resuming{input_.Below(4) == 0 ? input_.Number() : kIncarnation,
+                   earlier         ? earlier->id
+                   : input_.Flip() ? good_->id()
+                                   : SessionId(input_.Number())};
+    }
     // Another tenant's engines, and the good one's own.
     const Peer peer = {.tenant = input_.Flip() ? "uid:1" : "uid:2",
                        .uid = 1,
@@ -208,7 +230,7 @@ class Program {
   }
 
   void Say(Hostile& hostile) {
-    switch (input_.Below(9)) {
+    switch (input_.Below(11)) {
       case 0:
       case 1: {
         Acquire acquire;
