@@ -84,7 +84,7 @@ void MakeSessionMessages(const std::filesystem::path& folder) {
   open.max = GiB(4);
   open.max_fraction = 0.5;
   open.weight = 2;
-  open.labels = {{"model", "llama"}, {"team", "x"}};
+  open.labels = {{"model", "llama"}};
   open.resuming = Resuming{77, SessionId(4)};
   AddMessage(corpus, "open", ClientMessage(open));
   Acquire acquire;
