@@ -202,6 +202,15 @@ TEST_F(BrokenBrokerTest, WhatIsHeldStaysWhenTheConversationEnds) {
   EXPECT_EQ(mapper_->mapped(), 1u);
 }
 
+TEST_F(BrokenBrokerTest, WhatIsSaidAfterTheEndIsNotHeard) {
+  session_->OnDisconnected(absl::UnavailableError("gone"));
+  session_->OnMessage(OpenedWith({kPool}));
+  session_->OnDisconnected(absl::InternalError("twice"));
+  session_->RunOnce();
+  EXPECT_TRUE(absl::IsUnavailable(session_->health())) << session_->health();
+  EXPECT_EQ(session_->pool(0).health(), session_->health());
+}
+
 TEST_F(BrokenBrokerTest, CreditIsNotMoreThanWasAskedFor) {
   EXPECT_FALSE(session_->pool(0).Reserve(kBlocksPerPage, absl::ZeroDuration()));
   const std::vector<Acquire> asked = wire_->Take<Acquire>();

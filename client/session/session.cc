@@ -258,7 +258,7 @@ Pool* Session::FindPool(PoolId id) {
 }
 
 void Session::Process(BrokerMessage message) {
-  if (broken_off_) return;
+  if (away_) return;  // said before the end, or by whom nobody believes
   if (auto* opened = std::get_if<Opened>(&message)) {
     Process(*opened);
   } else if (auto* granted = std::get_if<Granted>(&message)) {
@@ -401,7 +401,6 @@ absl::Time Session::Reconnect() {
     return PauseBeforeReconnect();
   }
   away_ = false;
-  broken_off_ = false;
   open_by_ = clock_.Now() + options_.open_timeout;
   {
     MutexLock lock(&link_mu_);
@@ -412,7 +411,7 @@ absl::Time Session::Reconnect() {
 }
 
 void Session::Process(Descriptors descriptors) {
-  if (broken_off_) return;
+  if (away_) return;
   {
     MutexLock lock(&link_mu_);
     if (link_ != nullptr) {
@@ -507,13 +506,13 @@ std::vector<Sequence> Session::Unanswered(Sequence last) {
 }
 
 void Session::BreakOff(std::string_view what) {
-  broken_off_ = true;
   Process(Disconnected{absl::InternalError(
       absl::StrCat("the broker broke the protocol: ",
                    absl::string_view(what.data(), what.size())))});
 }
 
 void Session::Process(const Disconnected& disconnected) {
+  if (away_) return;  // broken with before
   incoming_.clear();
   delivered_.clear();  // another broker counts its grants anew
   pool_by_id_.clear();

@@ -197,7 +197,6 @@ class Session : public PoolSession, public LinkListener {
   std::map<GrantId, Incoming> incoming_;
   std::deque<GrantId> delivered_;  // lately: what comes again is dropped
   uint64_t limit_revision_ = 0;
-  bool broken_off_ = false;  // with the broker of this link
   // AWAY, and since when RESUMING waits for Opened.
   bool away_ = false;
   absl::Time try_at_ = absl::InfinitePast();

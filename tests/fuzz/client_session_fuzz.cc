@@ -18,13 +18,11 @@
 #include "client/session/session.h"
 #include "proto/fd_frame.h"
 #include "tests/fuzz/fuzz_input.h"
-#include "tests/harness/scripted_link.h"
 
 namespace kvbroker::client {
 namespace {
 
 using testing::FuzzInput;
-using testing::ScriptedLink;
 
 constexpr int kMaxInstructions = 200;
 constexpr size_t kBlocksPerPage = 4;
@@ -60,6 +58,25 @@ class StrictMapper : public Mapper {
   bool fail_ = false;
 };
 
+// Hands on what the session says while there is a connection.
+class FuzzLink : public BrokerLink {
+ public:
+  struct Wire {
+    std::vector<ClientMessage> sent;
+    bool connected = false;
+  };
+
+  explicit FuzzLink(Wire& wire) : wire_(wire) { wire_.connected = true; }
+  ~FuzzLink() override { wire_.connected = false; }
+  void Send(ClientMessage message) override {
+    wire_.sent.push_back(std::move(message));
+  }
+  void AcknowledgeDescriptors(GrantId, uint32_t) override {}
+
+ private:
+  Wire& wire_;
+};
+
 class Program {
  public:
   explicit Program(FuzzInput input) : input_(input) {
@@ -93,17 +110,18 @@ class Program {
           return mapper;
         },
         clock_);
-    auto link = std::make_unique<ScriptedLink>();
-    wire_ = link.get();
-    session_->Attach(std::move(link), Nonce{});
+    if (input_.Flip()) {
+      session_->ReconnectWith([this]() -> absl::StatusOr<Session::Connection> {
+        KVB_CHECK(!wire_.connected);
+        if (input_.Below(4) == 0) return absl::UnavailableError("fuzz");
+        disconnected_ = false;
+        return Session::Connection{std::make_unique<FuzzLink>(wire_), Nonce{}};
+      });
+    }
+    session_->Attach(std::make_unique<FuzzLink>(wire_), Nonce{});
     used_.resize(pools);
     cached_.resize(pools);
-    if (input_.Below(8) != 0) {
-      Opened opened = AnyOpened();
-      opened.pools.clear();
-      for (uint32_t i = 0; i < pools; ++i) opened.pools.emplace_back(i + 1);
-      session_->OnMessage(opened);
-    }
+    if (input_.Below(8) != 0) Say(GoodOpened());
   }
 
   void Run() {
@@ -126,7 +144,7 @@ class Program {
   void Instruction() {
     const uint32_t op = input_.Below(24);
     if (op < 8) {
-      session_->OnMessage(AnyMessage());
+      Say(AnyMessage());
     } else if (op < 12) {
       SendDescriptors();
     } else if (op < 14) {
@@ -142,10 +160,10 @@ class Program {
       clock_.Advance(kTimes[input_.Below(4)]);
     } else if (input_.Below(8) == 0) {
       // A link's last word.
-      if (!disconnected_) {
+      if (CanSpeak()) {
         session_->OnDisconnected(absl::UnavailableError("fuzz"));
+        disconnected_ = true;
       }
-      disconnected_ = true;
     } else {
       mappers_[AnyPool()]->set_fail(input_.Flip());
     }
@@ -159,11 +177,24 @@ class Program {
 
   // Learns what the session asked.
   void Listen() {
-    for (Acquire& acquire : wire_->Take<Acquire>()) {
-      asked_.push_back(std::move(acquire));
-      if (asked_.size() > 64) asked_.erase(asked_.begin());
+    for (ClientMessage& message : wire_.sent) {
+      if (auto* acquire = std::get_if<Acquire>(&message)) {
+        asked_.push_back(std::move(*acquire));
+        if (asked_.size() > 64) asked_.erase(asked_.begin());
+      } else if (std::holds_alternative<Open>(message)) {
+        opening_ = true;
+      }
     }
-    wire_->TakeAll();
+    wire_.sent.clear();
+  }
+  // As far as there is a link that could.
+  bool CanSpeak() const { return wire_.connected && !disconnected_; }
+  void Say(BrokerMessage message) {
+    if (CanSpeak()) session_->OnMessage(std::move(message));
+  }
+  void Send(GrantId grant, uint32_t first, size_t count) {
+    if (!CanSpeak()) return;
+    session_->OnDescriptors(grant, first, std::vector<UniqueFd>(count));
   }
 
   PoolId AnyPoolId() {
@@ -194,8 +225,19 @@ class Program {
     return GrantId(input_.Below(16) == 0 ? input_.Number() : input_.Below(8));
   }
 
+  Opened GoodOpened() {
+    Opened opened = AnyOpened();
+    opened.pools.clear();
+    for (size_t i = 0; i < session_->pool_count(); ++i) {
+      opened.pools.emplace_back(i + 1);
+    }
+    opening_ = false;
+    return opened;
+  }
   Opened AnyOpened() {
     Opened opened;
+    opened.feature_bits = input_.Below(4) == 0 ? 0 : kFeatureResume;
+    opened.incarnation = input_.Number();
     opened.session = SessionId(1 + input_.Number());
     opened.min = AnyBytes();
     opened.max = AnyBytes();
@@ -242,12 +284,13 @@ class Program {
     const uint32_t count = 1 + input_.Number() % KVB_FD_MAX_PER_FRAME;
     const uint32_t first = AnyCount();
     if (first > 0xffffffff - count) return;
-    session_->OnDescriptors(grant, first, std::vector<UniqueFd>(count));
+    Send(grant, first, count);
   }
 
   // Grants what was asked for last, so that pools fill; in part, and with some
   // that nobody asked for, now and then.
   void AnswerWell() {
+    if (opening_) Say(GoodOpened());
     if (asked_.empty()) return;
     const Acquire acquire = asked_.back();
     asked_.pop_back();
@@ -256,7 +299,7 @@ class Program {
       granted.credit = acquire.want;
       granted.credit_for = kLongestCredit;
       credit_said_ = true;
-      return session_->OnMessage(granted);
+      return Say(granted);
     }
     Granted granted{acquire.sequence, GrantId(1000 + ++good_grants_),
                     acquire.pool};
@@ -272,11 +315,9 @@ class Program {
     const uint32_t handles = static_cast<uint32_t>(granted.pages.size()) *
                              HandlesPerPage(acquire.pool);
     const bool first = input_.Flip();
-    if (first) session_->OnMessage(granted);
-    if (handles > 0) {
-      session_->OnDescriptors(granted.grant, 0, std::vector<UniqueFd>(handles));
-    }
-    if (!first) session_->OnMessage(granted);
+    if (first) Say(granted);
+    if (handles > 0) Send(granted.grant, 0, handles);
+    if (!first) Say(granted);
     session_->RunOnce();
   }
   uint32_t HandlesPerPage(PoolId id) {
@@ -352,8 +393,9 @@ class Program {
 
   FuzzInput input_;
   FakeClock clock_;
+  FuzzLink::Wire wire_;
+  bool opening_ = false;  // said Open, and has not been told Opened
   std::unique_ptr<Session> session_;
-  ScriptedLink* wire_ = nullptr;
   std::vector<StrictMapper*> mappers_;
   std::vector<std::vector<BlockId>> used_, cached_;  // by pool
   std::vector<Acquire> asked_;

@@ -25,6 +25,7 @@ namespace {
 
 constexpr Bytes kCapacity = MiB(16);
 constexpr Bytes kGoodMin = MiB(4);
+constexpr uint64_t kIncarnation = 1;  // of FakeWorld's core
 constexpr int kMaxInstructions = 200;
 
 // Remembers what it was told, to say it again wrongly.
@@ -70,7 +71,7 @@ struct Hostile {
 class Program {
  public:
   explicit Program(testing::FuzzInput input)
-      : input_(input), world_({.capacity = kCapacity}) {
+      : input_(input), world_(WorldOf(input_)) {
     good_ = &world_.Start({.name = "good",
                            .tenant = "uid:1",
                            .handle = MiB(1),
@@ -88,6 +89,19 @@ class Program {
   }
 
  private:
+  // Half of them after a restart, of which some of the hostile are known.
+  static FakeWorld::Options WorldOf(testing::FuzzInput& input) {
+    FakeWorld::Options options = {.capacity = kCapacity};
+    if (input.Flip()) return options;
+    options.remembered.incomplete = input.Below(4) == 0;
+    options.remembered.hold = input.Flip();
+    for (uint32_t pid = 0; pid < 2; ++pid) {
+      options.remembered.sessions.push_back(
+          {.peer = {.tenant = "uid:2", .uid = 1, .pid = pid}, .instance = "a"});
+    }
+    return options;
+  }
+
   Core& core() { return world_.core(); }
 
   void Instruction() {
@@ -124,9 +138,11 @@ class Program {
   std::optional<Hostile>& AnyPlace() {
     return hostiles_[input_.Below(hostiles_.size())];
   }
-  // One that is there; opens one where there is none.
+  // One that is there. Where nobody is, or one that was hung up on, another one
+  // may come: who says nonsense is soon gone, and its place not wasted.
   Hostile& Any() {
     std::optional<Hostile>& place = AnyPlace();
+    if (place && !place->connected && input_.Flip()) Die(place);
     if (!place) Open(place);
     if (!place) place.emplace(Hostile{SessionId(), std::make_shared<Ear>()});
     return *place;
@@ -148,10 +164,14 @@ class Program {
   }
   PoolId Pool(const Hostile& hostile) {
     // The good one's, too.
-    if (input_.Below(16) == 0) return good_->pool();
+    if (input_.Below(8) == 0) return good_->pool();
     return AnyOf(hostile.ear->pools_);
   }
   PageName Page(const Hostile& hostile) {
+    if (const std::vector<PageName> theirs = good_->pages();
+        !theirs.empty() && input_.Below(8) == 0) {
+      return theirs[input_.Below(static_cast<uint32_t>(theirs.size()))];
+    }
     const auto& pages = hostile.ear->pages_;
     if (!pages.empty() && input_.Below(8) != 0) {
       return pages[input_.Below(static_cast<uint32_t>(pages.size()))].second;
@@ -180,24 +200,37 @@ class Program {
   void Open(std::optional<Hostile>& place) {
     if (place) return;
     kvbroker::Open open;
-    open.instance = Name();
+    const bool sane = input_.Below(4) != 0;
+    open.instance = sane ? "a" : Name();
     if (input_.Flip()) open.member.push_back('m');
     open.rank = input_.Below(2);
-    const uint32_t pools = input_.Below(4);
+    const uint32_t pools = sane ? 1 + input_.Below(2) : input_.Below(4);
     for (uint32_t i = 0; i < pools; ++i) {
       PoolGeometry geometry;
-      geometry.handles_per_page =
-          input_.Below(4) == 0 ? static_cast<uint32_t>(input_.Number()) : 1;
+      geometry.handles_per_page = sane ? 1 + input_.Below(2)
+                                  : input_.Below(4) == 0
+                                      ? static_cast<uint32_t>(input_.Number())
+                                      : 1;
       geometry.layout = geometry.handles_per_page == 1 ? Layout::kContiguous
                                                        : Layout::kPerLayer;
       geometry.handle_bytes =
           KiB(4) * static_cast<int64_t>(1 + input_.Number() % 1024);
-      geometry.max_pages = static_cast<uint32_t>(input_.Number());
+      geometry.max_pages = sane ? 64 : static_cast<uint32_t>(input_.Number());
       open.pools.push_back(geometry);
     }
-    if (input_.Flip()) open.min = Bytes(int64_t(input_.Number() >> 8));
-    if (input_.Flip()) open.max = Bytes(int64_t(input_.Number() >> 8));
-    if (input_.Flip()) open.weight = double(input_.Number());
+    if (!sane) {
+      if (input_.Flip()) open.min = Bytes(int64_t(input_.Number() >> 8));
+      if (input_.Flip()) open.max = Bytes(int64_t(input_.Number() >> 8));
+      if (input_.Flip()) open.weight = double(input_.Number());
+    }
+    if (input_.Below(3) == 0) {
+      const std::optional<Hostile>& earlier = AnyPlace();
+      open.resuming =
+          Resuming{input_.Below(4) == 0 ? input_.Number() : kIncarnation,
+                   earlier         ? earlier->id
+                   : input_.Flip() ? good_->id()
+                                   : SessionId(input_.Number())};
+    }
     // Another tenant's engines, and the good one's own.
     const Peer peer = {.tenant = input_.Flip() ? "uid:1" : "uid:2",
                        .uid = 1,
@@ -208,7 +241,7 @@ class Program {
   }
 
   void Say(Hostile& hostile) {
-    switch (input_.Below(9)) {
+    switch (input_.Below(11)) {
       case 0:
       case 1: {
         Acquire acquire;
@@ -217,9 +250,11 @@ class Program {
         acquire.acked =
             Sequence(input_.Flip() ? hostile.sequence - 1 : input_.Number());
         acquire.pool = Pool(hostile);
-        acquire.want = Count();
+        acquire.want = input_.Below(4) == 0 ? Count() : 1 + input_.Below(8);
         acquire.at_least =
-            input_.Flip() ? std::min<PageCount>(acquire.want, 1) : Count();
+            input_.Below(8) == 0
+                ? Count()
+                : std::min<PageCount>(acquire.want, 1 + input_.Below(4));
         if (input_.Below(4) == 0) {
           for (PageCount i = 0; i < acquire.want % 64; ++i) {
             acquire.indexes.push_back(Page(hostile).index);
@@ -330,6 +365,11 @@ class Program {
     KVB_CHECK(good_->connected() && good_->error().ok());
     KVB_CHECK(good_->complaints().empty());
     KVB_CHECK(good_->fenced().empty());
+    // What it maps is its own still.
+    for (uint64_t token : good_->Tokens()) {
+      KVB_CHECK(world_.device().IsLive(token));
+    }
+    KVB_CHECK(good_->lent() <= world_.Status("good").held);
   }
 
   void End() {

@@ -84,7 +84,8 @@ void MakeSessionMessages(const std::filesystem::path& folder) {
   open.max = GiB(4);
   open.max_fraction = 0.5;
   open.weight = 2;
-  open.labels = {{"model", "llama"}, {"team", "x"}};
+  open.labels = {{"model", "llama"}};
+  open.resuming = Resuming{77, SessionId(4)};
   AddMessage(corpus, "open", ClientMessage(open));
   Acquire acquire;
   acquire.sequence = Sequence(3);
@@ -118,6 +119,7 @@ void MakeSessionMessages(const std::filesystem::path& folder) {
   report.revision = Revision(2);
   AddMessage(corpus, "report", ClientMessage(report));
   AddMessage(corpus, "resend", ClientMessage(Resend{Sequence(3)}));
+  AddMessage(corpus, "resume", ClientMessage(Resume{PoolId(1), pages, true}));
   AddMessage(corpus, "limit_ack", ClientMessage(LimitAck{7}));
 
   Opened opened;

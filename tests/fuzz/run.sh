@@ -77,7 +77,7 @@ labels=()
 for target in "${chosen[@]}"; do labels+=("//tests/fuzz:${target}_fuzz"); done
 # gold has a warning for each of ASan's symbols.
 bazel build --config=fuzz "${labels[@]}" </dev/null \
-  2> >(sed '/Cannot export local symbol/d' >&2)
+  2> >(sed -u '/Cannot export local symbol/d' >&2)
 bin="$(bazel info --config=fuzz bazel-bin 2>/dev/null)"
 
 # run TARGET: its line of the summary; false where an input failed.

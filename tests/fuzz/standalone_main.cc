@@ -22,6 +22,10 @@
 #include <vector>
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size);
+// There in a build with sanitizers, whose reports end the process otherwise
+// than by a signal.
+extern "C" __attribute__((weak)) void __sanitizer_set_death_callback(
+    void (*callback)());
 
 namespace {
 
@@ -178,7 +182,9 @@ int main(int argc, char** argv) {
   for (int number : {SIGABRT, SIGSEGV, SIGBUS, SIGFPE, SIGILL}) {
     signal(number, OnSignal);
   }
-  std::atexit(KeepInput);
+  if (__sanitizer_set_death_callback != nullptr) {
+    __sanitizer_set_death_callback(KeepInput);
+  }
 
   for (const Input& input : corpus) Run(input);
   Mutator mutator(corpus, seed);

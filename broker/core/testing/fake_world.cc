@@ -26,6 +26,7 @@ FakeWorld::FakeWorld(Options options)
   core.policy = options.policy;
   core.incarnation = 1;
   core.descriptor_window = options.descriptor_window;
+  core.remembered = options.remembered;
   core.wake = [this] { ++wakes_; };
   core.log = [this](std::string_view line) {
     MutexLock lock(&mu_);

@@ -56,6 +56,7 @@ class FakeWorld {
     Bytes device = GiB(4);
     PolicyConfig policy;
     uint32_t descriptor_window = 4096;
+    Remembered remembered;
     uint64_t seed = 1;
   };
 
