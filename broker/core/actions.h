@@ -24,6 +24,7 @@ struct MakePages {
   std::vector<PageName> pages;
   PoolGeometry geometry;
   std::vector<HandleRef> handles;  // from stock; the rest is created
+  size_t made = 0;                 // created so far
   absl::Status failure;            // of the backend
 
   size_t missing() const {

@@ -12,6 +12,9 @@ namespace {
 
 // How long a claim or a send that the system refused waits before another try.
 constexpr absl::Duration kRetry = absl::Milliseconds(20);
+// And for each handle beyond some that was made in vain: a large claim that
+// cannot be served leaves the device to others meanwhile.
+constexpr absl::Duration kRetryPerHandle = absl::Microseconds(100);
 
 }  // namespace
 
@@ -97,6 +100,7 @@ bool Core::MakeSome(MakePages& make, size_t step) {
     }
     make.handles.push_back(
         std::make_shared<const kvbroker::Handle>(*std::move(made)));
+    ++make.made;
   }
   if (make.missing() == 0) return false;
   // Nobody has a use for the rest once the session has gone.
@@ -183,13 +187,17 @@ void Core::FinishMake(MakePages make, Actions& next) {
                      " instance=", instance.name, " pages=", make.pages.size(),
                      " error=\"", make.failure.message(), "\""));
     make.claim.last_error = std::string(make.failure.message());
+    const size_t many =
+        std::max(make.made, options_.inline_handles) - options_.inline_handles;
+    const absl::Duration retry =
+        kRetry + kRetryPerHandle * static_cast<int64_t>(many);
     if (cancelled) {
       Refuse(make.claim, absl::StatusCode::kCancelled, "cancelled", next);
     } else if (make.claim.urgency == Urgency::kSpeculative || draining_) {
       Refuse(make.claim, absl::StatusCode::kUnavailable, make.claim.last_error,
              next);
     } else {
-      make.claim.retry_at = Now() + kRetry;
+      make.claim.retry_at = Now() + retry;
       make.claim.recheck_at = make.claim.retry_at;
       claims_.push_back(std::move(make.claim));
     }
