@@ -68,6 +68,21 @@ Setting PolicyTime(const char* key, const char* meaning,
           }};
 }
 
+Setting Quota(const char* key, const char* meaning, uint32_t Quotas::*field) {
+  return {key, "a number above 0", meaning,
+          [field](const std::string& value, BrokerConfig& config) {
+            uint32_t number;
+            if (!absl::SimpleAtoi(value, &number) || number == 0) {
+              return NotAllowed();
+            }
+            config.quotas.*field = number;
+            return absl::OkStatus();
+          },
+          [field](const BrokerConfig& config) {
+            return absl::StrCat(config.quotas.*field);
+          }};
+}
+
 absl::Status ReadBytes(const std::string& value, Bytes& bytes) {
   absl::StatusOr<Bytes> parsed = ParseBytes(value);
   if (!parsed.ok()) return NotAllowed();
@@ -229,6 +244,14 @@ const std::vector<Setting>& Settings() {
        [](const BrokerConfig& config) -> std::string {
          return config.policy.fence_ignoring ? "true" : "false";
        }},
+      Quota("quota.connections",
+            "Connections of one user, those included that ended just now.",
+            &Quotas::connections),
+      Quota("quota.half_open",
+            "Connections of one user that have not opened a session yet.",
+            &Quotas::half_open),
+      Quota("quota.sessions", "Sessions of one user.", &Quotas::sessions),
+      Quota("quota.instances", "Instances of one tenant.", &Quotas::instances),
       OneOf("log_level", "debug, info, warn, error, off",
             "The least that is logged.", &BrokerConfig::log_level),
       Text("log_file", "a file", "Log there too, besides stderr.",

@@ -34,6 +34,14 @@ struct CapacityWish {
   std::optional<double> percent;
 };
 
+// What one user may have of what costs the broker memory or descriptors.
+struct Quotas {
+  uint32_t connections = 1024;  // of a uid
+  uint32_t half_open = 64;      // of a uid
+  uint32_t sessions = 256;      // of a uid
+  uint32_t instances = 256;     // of a tenant
+};
+
 struct BrokerConfig {
   std::string backend = "auto";
   std::string gpu;          // index or uuid; empty: the only one
@@ -49,6 +57,7 @@ struct BrokerConfig {
   std::string state_dir;
   absl::Duration resume_grace = absl::Seconds(5);
   PolicyConfig policy;
+  Quotas quotas;
   std::string log_level = "info";
   std::string log_file;      // besides stderr; empty: none
   std::string history_file;  // empty: none

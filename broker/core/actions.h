@@ -24,6 +24,12 @@ struct MakePages {
   std::vector<PageName> pages;
   PoolGeometry geometry;
   std::vector<HandleRef> handles;  // from stock; the rest is created
+  size_t made = 0;                 // created so far
+  absl::Status failure;            // of the backend
+
+  size_t missing() const {
+    return pages.size() * geometry.handles_per_page - handles.size();
+  }
 };
 
 // Handles to export and hand to a listener.
@@ -39,6 +45,7 @@ struct SendHandles {
 struct Actions {
   std::vector<std::pair<std::shared_ptr<SessionListener>, BrokerMessage>> tell;
   std::vector<std::pair<std::shared_ptr<SessionListener>, absl::Status>> close;
+  std::vector<std::shared_ptr<SessionListener>> forgotten;
   std::vector<MakePages> make;
   std::vector<SendHandles> send;
   std::vector<HandleRef> release;
@@ -48,7 +55,8 @@ struct Actions {
 
   bool empty() const {
     return tell.empty() && close.empty() && make.empty() && send.empty() &&
-           release.empty() && log.empty() && !remember && history.empty();
+           release.empty() && forgotten.empty() && log.empty() && !remember &&
+           history.empty();
   }
 };
 

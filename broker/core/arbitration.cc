@@ -127,7 +127,7 @@ std::optional<PageCount> Core::StartGrant(const Claim& claim, PageCount pages,
     granted.pool = claim.pool;
     granted.credit = pages;
     granted.credit_for = kCreditLife;
-    session.answers[claim.sequence].granted = granted;
+    KeepAnswer(session, claim.sequence, {.granted = granted});
     actions.tell.emplace_back(session.listener, granted);
     actions.log.push_back(absl::StrCat(
         "credit session=", claim.session.value(), " instance=", instance.name,
@@ -220,7 +220,7 @@ void Core::Refuse(const Claim& claim, absl::StatusCode code, std::string reason,
   const bool names_holders = code == absl::StatusCode::kUnavailable &&
                              claim.urgency != Urgency::kSpeculative;
   if (names_holders) refused.holders = Holders();
-  it->second.answers[claim.sequence].refused = refused;
+  KeepAnswer(it->second, claim.sequence, {.refused = refused});
   actions.tell.emplace_back(it->second.listener, refused);
   if (auto* event = Record(HistoryEvent::Kind::kRefuse,
                            *ledger_.FindPool(claim.pool), actions)) {
@@ -550,8 +550,41 @@ void Core::ExpireInstances(Actions& actions) {
   }
 }
 
+void Core::ExpireDescriptors(Actions& actions) {
+  if (!IsWindowTight()) return;
+  const absl::Time oldest = Now() - options_.acknowledge_within;
+  std::vector<SessionId> late;
+  for (const auto& [id, session] : sessions_) {
+    if (!session.exported.empty() && session.exported.front().first <= oldest) {
+      late.push_back(id);
+    }
+  }
+  for (SessionId id : late) {
+    SessionState& session = sessions_.at(id);
+    const LedgerSession& entry = *ledger_.FindSession(id);
+    const uint32_t unread = session.unacked_descriptors;
+    actions.log.push_back(absl::StrCat(
+        "unread session=", id.value(), " instance=", entry.instance.second,
+        " pid=", entry.pid, " descriptors=", unread,
+        " (ended: others wait for the window)"));
+    actions.close.emplace_back(
+        session.listener,
+        absl::DeadlineExceededError(absl::StrCat(
+            "descriptors were not acknowledged within ",
+            absl::FormatDuration(options_.acknowledge_within), ": ", unread)));
+    HangUp(session, actions);
+  }
+}
+
 absl::Time Core::NextDue() {
   absl::Time due = pump_at_;
+  if (IsWindowTight()) {
+    for (const auto& [id, session] : sessions_) {
+      if (session.exported.empty()) continue;
+      due = std::min(
+          due, session.exported.front().first + options_.acknowledge_within);
+    }
+  }
   for (const Claim& claim : claims_) {
     due = std::min({due, claim.deadline, claim.recheck_at});
     auto held_off = instances_.at(ledger_.FindSession(claim.session)->instance)
@@ -586,6 +619,7 @@ absl::Time Core::RunDue() {
     ExpireOrders(actions);
     ExpireClaims(actions);
     ExpireInstances(actions);
+    ExpireDescriptors(actions);
     if (Now() >= pump_at_) {
       pump_at_ = absl::InfiniteFuture();
       for (auto& [id, session] : sessions_) PumpDescriptors(session, actions);

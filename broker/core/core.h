@@ -66,8 +66,17 @@ struct CoreOptions {
   Bytes capacity;
   PolicyConfig policy;
   uint64_t incarnation = 0;
-  // Descriptors exported and not yet acknowledged, over all sessions.
+  // Descriptors exported and not yet acknowledged, over all sessions; at least
+  // 1. Half of it is for whoever comes; the other half is divided evenly, so
+  // that those who do not acknowledge shut nobody out.
   uint32_t descriptor_window = 4096;
+  // While the first half is taken: who leaves descriptors unacknowledged for
+  // so long is ended.
+  absl::Duration acknowledge_within = absl::Seconds(10);
+  // Sessions of one uid, those included that have hung up and hold pages.
+  size_t max_sessions_per_uid = 256;
+  // Instances of one tenant that have a session.
+  size_t max_instances_per_tenant = 256;
   // What an earlier broker left. Engines that were connected to it come back
   // with what they hold; until all have, but not for longer than the grace,
   // nothing is granted: what looks free may be theirs.
@@ -79,6 +88,13 @@ struct CoreOptions {
   std::function<void(bool wait)> remember;
   // Called (without the lock) when RunDue has to run earlier than it last said.
   std::function<void()> wake;
+  // Makes, exports and releases of more handles than `inline_handles` in one
+  // call are queued there in steps of that size, so that no caller is kept and
+  // small ones get their turn: one thread, in the order given, never from
+  // within. What is queued is done or dropped before the core is destroyed.
+  // Null: all is done by the caller.
+  std::function<void(std::function<void()>)> executor;
+  size_t inline_handles = 64;
   // One line an event: "grant instance=a pages=3 ...". Without the lock.
   std::function<void(std::string_view line)> log;
   // What was decided, in batches, each before anybody is told of it. Without
@@ -96,7 +112,8 @@ class Core {
 
   // Admits a process. The listener is told Opened before anything else.
   // INVALID_ARGUMENT names the field; FAILED_PRECONDITION: version, draining,
-  // or (instance, member, rank) is taken by a live process.
+  // or (instance, member, rank) is taken by a live process. RESOURCE_EXHAUSTED
+  // names the quota and the key that raises it.
   absl::StatusOr<SessionId> OpenSession(
       const Peer& peer, const Open& open,
       std::shared_ptr<SessionListener> listener);
@@ -178,6 +195,12 @@ class Core {
                          const std::string& name,
                          const std::optional<Resumption>& resumption)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  absl::Status CheckQuotas(const Peer& peer, const std::string& name,
+                           const std::optional<Resumption>& resumption)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // What the same sequence is answered again; old answers go for it.
+  void KeepAnswer(SessionState& session, Sequence sequence, Answer answer)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   std::string NameInForce(const Peer& peer, const std::string& wished)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void EraseSession(SessionId id, std::string_view why, Actions& actions)
@@ -221,19 +244,36 @@ class Core {
   void ExpireClaims(Actions& actions) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void ExpireOrders(Actions& actions) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void ExpireInstances(Actions& actions) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void ExpireDescriptors(Actions& actions) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   absl::Time NextDue() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   std::vector<Holder> Holders() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
   // ---- lending.cc: the work after the lock ----
   void Run(Actions actions) ABSL_LOCKS_EXCLUDED(mu_);
-  void Make(MakePages make, Actions& next) ABSL_LOCKS_EXCLUDED(mu_);
+  // Whether so many handles are the calling thread's work, beside the `done`
+  // ones of this call.
+  bool IsSmall(size_t handles, size_t& done) const;
+  // Adds up to `step` handles; true while some are missing and wanted.
+  bool MakeSome(MakePages& make, size_t step) ABSL_LOCKS_EXCLUDED(mu_);
+  // The handles are made, or cannot be.
+  void FinishMake(MakePages make, Actions& next) ABSL_LOCKS_EXCLUDED(mu_);
   void Send(SendHandles send, Actions& next) ABSL_LOCKS_EXCLUDED(mu_);
+  // Drops up to `step` of the handles.
+  void ReleaseSome(std::vector<HandleRef>& handles, size_t step, Actions& next)
+      ABSL_LOCKS_EXCLUDED(mu_);
+  // The same, a step a turn of the executor.
+  void MakeOnExecutor(std::shared_ptr<MakePages> make);
+  void ReleaseOnExecutor(std::shared_ptr<std::vector<HandleRef>> handles);
   // Puts handles into stock where a claim waits for such, else up for release.
   void Recycle(const std::string& tenant, std::vector<HandleRef> handles,
                Actions& actions) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // All stock goes back to the device.
   void ReleaseStock(Actions& actions) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void PumpDescriptors(SessionState& session, Actions& actions)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // No more than its even part of the common window is left to a session.
+  bool IsWindowTight() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  bool MayExport(const SessionState& session) const
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Takes `count` out of the session's window and the common one.
   void CloseWindow(SessionState& session, uint32_t count, Actions& actions)

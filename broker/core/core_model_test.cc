@@ -30,7 +30,9 @@ uint64_t FromEnvironment(const char* variable, uint64_t otherwise) {
   return value;
 }
 
-TEST(CoreModel, HoldsForRandomPrograms) {
+class CoreModelTest : public testing::TestWithParam<CoreModel::Bulk> {};
+
+TEST_P(CoreModelTest, HoldsForRandomPrograms) {
   const uint64_t seed = FromEnvironment("KVBROKER_TEST_SEED", 1);
   const uint64_t instructions =
       FromEnvironment("KVBROKER_TEST_INSTRUCTIONS", 100'000);
@@ -40,12 +42,12 @@ TEST(CoreModel, HoldsForRandomPrograms) {
   while (statistics.instructions < static_cast<int64_t>(instructions)) {
     const std::vector<Instruction> program =
         RandomProgram(random, kProgramLength);
-    absl::Status status = CoreModel::Run(program, &statistics);
+    absl::Status status = CoreModel::Run(program, &statistics, GetParam());
     if (status.ok()) continue;
-    const std::vector<Instruction> shrunk = Shrink(program);
+    const std::vector<Instruction> shrunk = Shrink(program, GetParam());
     FAIL() << "seed " << seed << ", after " << statistics.instructions
            << " instructions: " << status << "\nIn short, "
-           << CoreModel::Run(shrunk) << ":\n"
+           << CoreModel::Run(shrunk, nullptr, GetParam()) << ":\n"
            << ToCpp(shrunk);
   }
   std::cout << statistics.instructions << " instructions, " << statistics.grants
@@ -60,6 +62,11 @@ TEST(CoreModel, HoldsForRandomPrograms) {
   EXPECT_GT(statistics.preempts, 0);
   EXPECT_GT(statistics.below_share, 0);
 }
+
+INSTANTIATE_TEST_SUITE_P(Inline, CoreModelTest,
+                         testing::Values(CoreModel::Bulk::kInline));
+INSTANTIATE_TEST_SUITE_P(OnExecutor, CoreModelTest,
+                         testing::Values(CoreModel::Bulk::kOnExecutor));
 
 }  // namespace
 }  // namespace kvbroker

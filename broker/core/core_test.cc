@@ -871,10 +871,10 @@ TEST_F(SmallWindowTest, AllSessionsShareOneWindow) {
   FakeClient& a = Start({.name = "a"});
   FakeClient& b = Start({.name = "b"});
   a.manners().acknowledges_descriptors = false;
-  a.Ask({.at_least = 6});
+  a.Ask({.at_least = 4});
   b.Ask({.at_least = 4});
   Settle();
-  EXPECT_EQ(a.mapped(), 6);
+  EXPECT_EQ(a.mapped(), 4);
   // `b` takes and acknowledges what fits, until all is there.
   EXPECT_EQ(b.mapped(), 4);
   EXPECT_GE(b.frames().size(), 2);
@@ -884,13 +884,66 @@ TEST_F(SmallWindowTest, WhoWaitsForTheWindowIsServedWhenAnotherAcknowledges) {
   FakeClient& a = Start({.name = "a"});
   FakeClient& b = Start({.name = "b"});
   a.manners().acknowledges_descriptors = false;
-  a.Ask({.at_least = 8});
-  b.Ask({.at_least = 2});
+  b.manners().acknowledges_descriptors = false;
+  a.Ask({.at_least = 4});
+  b.Ask({.at_least = 3});
   Settle();
-  EXPECT_THAT(b.frames(), IsEmpty());
+  // Its even part of the second half.
+  ASSERT_THAT(b.frames(), SizeIs(1));
+  EXPECT_EQ(b.mapped(), 0);
   a.Acknowledge();
   Settle();
-  EXPECT_EQ(b.mapped(), 2);
+  EXPECT_EQ(b.mapped(), 3);
+}
+
+TEST_F(SmallWindowTest, WhoAcknowledgesIsServedHoweverManyDoNot) {
+  for (int i = 0; i < 20; ++i) {
+    FakeClient& hog = Start({.name = absl::StrCat("hog", i), .handle = KiB(4)});
+    hog.manners().acknowledges_descriptors = false;
+    hog.Ask({.at_least = 8});
+  }
+  Settle();
+  FakeClient& good = Start({.name = "good", .handle = KiB(4)});
+  good.Ask({.at_least = 100});
+  Settle();
+  EXPECT_EQ(good.mapped(), 100);
+}
+
+TEST_F(SmallWindowTest, WhoDoesNotAcknowledgeWhileOthersWaitIsEnded) {
+  FakeClient& hog = Start({.name = "hog"});
+  FakeClient& good = Start({.name = "good"});
+  hog.manners().acknowledges_descriptors = false;
+  hog.Ask({.at_least = 6});
+  good.Ask({.at_least = 3});
+  Advance(absl::Seconds(9));
+  EXPECT_TRUE(hog.connected());
+  Advance(absl::Seconds(2));
+  EXPECT_FALSE(hog.connected());
+  EXPECT_TRUE(absl::IsDeadlineExceeded(hog.error())) << hog.error();
+  EXPECT_THAT(world_.TakeLog("unread session="), SizeIs(1));
+  EXPECT_TRUE(good.connected());
+  EXPECT_EQ(good.mapped(), 3);
+}
+
+TEST_F(SmallWindowTest, WhoDoesNotAcknowledgeAndHoldsUpNobodyIsLeftAlone) {
+  FakeClient& stopped = Start({.name = "stopped"});
+  stopped.manners().acknowledges_descriptors = false;
+  stopped.Ask({.at_least = 3});
+  Advance(absl::Minutes(10));
+  EXPECT_TRUE(stopped.connected());
+}
+
+TEST_F(SmallWindowTest, AWindowForNoneIsRefused) {
+  FakeBackend device({.total = MiB(1)});
+  FakeClock clock;
+  CoreOptions options;
+  options.backend = &device;
+  options.clock = &clock;
+  options.capacity = MiB(1);
+  options.descriptor_window = 0;
+  absl::Status status = Core::Create(options).status();
+  EXPECT_TRUE(absl::IsInvalidArgument(status)) << status;
+  EXPECT_THAT(std::string(status.message()), HasSubstr("descriptor_window"));
 }
 
 TEST_F(SmallWindowTest, WhoWaitsForTheWindowIsServedWhenAnotherHangsUpOrDies) {
@@ -898,8 +951,9 @@ TEST_F(SmallWindowTest, WhoWaitsForTheWindowIsServedWhenAnotherHangsUpOrDies) {
     FakeClient& a = Start({.name = "a"});
     FakeClient& b = Start({.name = "b"});
     a.manners().acknowledges_descriptors = false;
-    a.Ask({.at_least = 8});
-    b.Ask({.at_least = 2});
+    b.manners().acknowledges_descriptors = false;
+    a.Ask({.at_least = 4});
+    b.Ask({.at_least = 3});
     Settle();
     EXPECT_EQ(b.mapped(), 0);
     if (dies) {
@@ -908,10 +962,134 @@ TEST_F(SmallWindowTest, WhoWaitsForTheWindowIsServedWhenAnotherHangsUpOrDies) {
       a.HangUp();
     }
     Settle();
-    EXPECT_EQ(b.mapped(), 2);
+    EXPECT_EQ(b.mapped(), 3);
     a.Die();
     b.Die();
   }
+}
+
+// ---- bulk work -------------------------------------------------------------
+
+class BulkTest : public CoreTest {
+ protected:
+  BulkTest()
+      : CoreTest(
+            {.capacity = MiB(100), .bulk_by_hand = true, .inline_handles = 4}) {
+  }
+
+  int64_t Handles() { return world_.device().UsedBytes()->count() / (1 << 20); }
+};
+
+TEST_F(BulkTest, ALargeGrantIsMadeInStepsAndASmallOneAtOnce) {
+  FakeClient& large = Start({.name = "large"});
+  FakeClient& small = Start({.name = "small"});
+  large.Ask({.at_least = 10});
+  EXPECT_EQ(Handles(), 0);
+  EXPECT_TRUE(world_.RunBulk());
+  EXPECT_EQ(Handles(), 4);
+  EXPECT_EQ(world_.Check(), absl::OkStatus());
+  small.Ask({.at_least = 1});
+  small.Pump();
+  EXPECT_EQ(small.mapped(), 1);
+  Settle();
+  EXPECT_EQ(large.mapped(), 10);
+}
+
+TEST_F(BulkTest, TwoLargeGrantsTakeTurns) {
+  FakeClient& one = Start({.name = "one"});
+  FakeClient& two = Start({.name = "two"});
+  one.Ask({.at_least = 40});
+  two.Ask({.at_least = 8});
+  for (int i = 0; i < 4; ++i) EXPECT_TRUE(world_.RunBulk());
+  // Its two steps are done, its descriptors are on their way.
+  EXPECT_EQ(Handles(), 16);
+  while (two.mapped() < 8) {
+    ASSERT_TRUE(world_.RunBulk());
+    two.Pump();
+  }
+  EXPECT_EQ(one.mapped(), 0);
+  Settle();
+  EXPECT_EQ(one.mapped(), 40);
+}
+
+TEST_F(BulkTest, WhatADeadProcessHeldIsReleasedInSteps) {
+  FakeClient& a = StartWith(10, {.name = "a"});
+  a.Die();
+  EXPECT_EQ(Handles(), 10);
+  EXPECT_TRUE(world_.RunBulk());
+  EXPECT_EQ(Handles(), 6);
+  EXPECT_EQ(core().CheckInvariants(), absl::OkStatus());
+  // Not free before it is back.
+  FakeClient& b = Start({.name = "b"});
+  b.Ask({.at_least = 97});
+  EXPECT_EQ(b.mapped(), 0);
+  Settle();
+  EXPECT_EQ(b.mapped(), 97);
+}
+
+TEST_F(BulkTest, WhoLeavesWhileItIsServedIsNotServedToTheEnd) {
+  for (bool dies : {true, false}) {
+    FakeClient& a = Start({.name = "a"});
+    a.Ask({.at_least = 80});
+    EXPECT_TRUE(world_.RunBulk());
+    if (dies) {
+      a.Die();
+    } else {
+      a.HangUp();
+    }
+    EXPECT_TRUE(world_.RunBulk());
+    EXPECT_LE(Handles(), 8);
+    EXPECT_EQ(core().CheckInvariants(), absl::OkStatus());
+    Settle();
+    EXPECT_EQ(Handles(), 0);
+    a.Die();
+  }
+}
+
+TEST_F(BulkTest, AFailureInMidGrantIsRolledBackAndTriedAgain) {
+  FakeClient& a = Start({.name = "a"});
+  a.Ask({.at_least = 20});
+  EXPECT_TRUE(world_.RunBulk());
+  world_.device().FailNextCreate(absl::ResourceExhaustedError("injected"));
+  Settle();
+  EXPECT_EQ(a.mapped(), 0);
+  EXPECT_EQ(Handles(), 0);
+  Advance(absl::Seconds(1));
+  EXPECT_EQ(a.mapped(), 20);
+}
+
+// ---- quotas ----------------------------------------------------------------
+
+class QuotaTest : public CoreTest {
+ protected:
+  QuotaTest()
+      : CoreTest({.max_sessions_per_uid = 3, .max_instances_per_tenant = 2}) {}
+
+  std::string Refusal(const Peer& peer, const std::string& name) {
+    absl::Status status =
+        world_.TryStart(peer, FakeWorld::OpenOf({.name = name})).status();
+    EXPECT_TRUE(absl::IsResourceExhausted(status)) << status;
+    return std::string(status.message());
+  }
+};
+
+TEST_F(QuotaTest, SessionsOfAUserAndInstancesOfATenantAreBounded) {
+  FakeClient& a = Start({.name = "a"});
+  Start({.name = "b"});
+  EXPECT_THAT(Refusal({.tenant = "uid:1", .uid = 1, .pid = 7}, "c"),
+              HasSubstr("raise quota.instances"));
+  Start({.name = "a"});
+  EXPECT_THAT(Refusal({.tenant = "uid:1", .uid = 1, .pid = 7}, "a"),
+              HasSubstr("raise quota.sessions"));
+  // In another PID namespace it is the same user.
+  EXPECT_THAT(Refusal({.tenant = "other", .uid = 1, .pid = 7}, "d"),
+              HasSubstr("raise quota.sessions"));
+  EXPECT_TRUE(world_
+                  .TryStart({.tenant = "uid:2", .uid = 2, .pid = 8},
+                            FakeWorld::OpenOf({.name = "c"}))
+                  .ok());
+  a.Die();
+  Start({.name = "a"});
 }
 
 // ---- reclaim, tier by tier -------------------------------------------------

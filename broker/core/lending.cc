@@ -12,10 +12,20 @@ namespace {
 
 // How long a claim or a send that the system refused waits before another try.
 constexpr absl::Duration kRetry = absl::Milliseconds(20);
+// And for each handle beyond some that was made in vain: a large claim that
+// cannot be served leaves the device to others meanwhile.
+constexpr absl::Duration kRetryPerHandle = absl::Microseconds(100);
 
 }  // namespace
 
+bool Core::IsSmall(size_t handles, size_t& done) const {
+  if (!options_.executor) return true;
+  done += handles;
+  return done <= options_.inline_handles;
+}
+
 void Core::Run(Actions actions) {
+  size_t done = 0;  // handles made, exported and released by this call
   while (!actions.empty()) {
     Actions next;
     // Before anybody knows of it: what a peer does cannot precede its cause.
@@ -24,19 +34,36 @@ void Core::Run(Actions actions) {
     for (auto& [listener, message] : actions.tell) {
       listener->Tell(std::move(message));
     }
-    for (SendHandles& send : actions.send) Send(std::move(send), next);
-    for (MakePages& make : actions.make) Make(std::move(make), next);
+    for (SendHandles& send : actions.send) {
+      if (IsSmall(send.handles.size(), done)) {
+        Send(std::move(send), next);
+        continue;
+      }
+      options_.executor(
+          [this, bulk = std::make_shared<SendHandles>(std::move(send))] {
+            Actions rest;
+            Send(std::move(*bulk), rest);
+            Run(std::move(rest));
+          });
+    }
+    for (MakePages& make : actions.make) {
+      if (IsSmall(make.missing(), done)) {
+        MakeSome(make, make.missing());
+        FinishMake(std::move(make), next);
+      } else {
+        MakeOnExecutor(std::make_shared<MakePages>(std::move(make)));
+      }
+    }
     for (auto& [listener, reason] : actions.close) listener->Close(reason);
     if (!actions.release.empty()) {
-      Bytes bytes = SizeOf(actions.release);
-      actions.release.clear();  // the driver call
-      MutexLock lock(&mu_);
-      ledger_.EndRelease(bytes);
-      if (auto* event = Record(HistoryEvent::Kind::kReleased, next)) {
-        event->bytes = bytes;
+      if (IsSmall(actions.release.size(), done)) {
+        ReleaseSome(actions.release, actions.release.size(), next);
+      } else {
+        ReleaseOnExecutor(std::make_shared<std::vector<HandleRef>>(
+            std::move(actions.release)));
       }
-      if (!claims_.empty()) Arbitrate(next);
     }
+    for (auto& listener : actions.forgotten) listener->Forgotten();
     for (const std::string& line : actions.log) options_.log(line);
     if (actions.remember) options_.remember(/*wait=*/false);
     actions = std::move(next);
@@ -51,20 +78,62 @@ void Core::Run(Actions actions) {
   if (wake) options_.wake();
 }
 
-void Core::Make(MakePages make, Actions& next) {
-  const size_t wanted = make.pages.size() * make.geometry.handles_per_page;
-  absl::Status failure;
-  while (make.handles.size() < wanted) {
+void Core::MakeOnExecutor(std::shared_ptr<MakePages> make) {
+  options_.executor([this, make] {
+    if (MakeSome(*make, options_.inline_handles)) {
+      MakeOnExecutor(make);
+      return;
+    }
+    Actions next;
+    FinishMake(std::move(*make), next);
+    Run(std::move(next));
+  });
+}
+
+bool Core::MakeSome(MakePages& make, size_t step) {
+  for (; step > 0 && make.missing() > 0; --step) {
     absl::StatusOr<kvbroker::Handle> made =
         options_.backend->Create(make.geometry.handle_bytes);
     if (!made.ok()) {
-      failure = made.status();
-      break;
+      make.failure = made.status();
+      return false;
     }
     make.handles.push_back(
         std::make_shared<const kvbroker::Handle>(*std::move(made)));
+    ++make.made;
   }
+  if (make.missing() == 0) return false;
+  // Nobody has a use for the rest once the session has gone.
+  MutexLock lock(&mu_);
+  auto session = sessions_.find(make.claim.session);
+  return session != sessions_.end() && session->second.connected;
+}
 
+void Core::ReleaseOnExecutor(std::shared_ptr<std::vector<HandleRef>> handles) {
+  options_.executor([this, handles] {
+    Actions next;
+    ReleaseSome(*handles, options_.inline_handles, next);
+    if (!handles->empty()) ReleaseOnExecutor(handles);
+    Run(std::move(next));
+  });
+}
+
+void Core::ReleaseSome(std::vector<HandleRef>& handles, size_t step,
+                       Actions& next) {
+  Bytes bytes;
+  for (; step > 0 && !handles.empty(); --step) {
+    bytes += handles.back()->size();
+    handles.pop_back();  // the driver call
+  }
+  MutexLock lock(&mu_);
+  ledger_.EndRelease(bytes);
+  if (auto* event = Record(HistoryEvent::Kind::kReleased, next)) {
+    event->bytes = bytes;
+  }
+  if (!claims_.empty()) Arbitrate(next);
+}
+
+void Core::FinishMake(MakePages make, Actions& next) {
   MutexLock lock(&mu_);
   LedgerPool* pool = ledger_.FindPool(make.claim.pool);
   auto session = sessions_.find(make.claim.session);
@@ -110,21 +179,25 @@ void Core::Make(MakePages make, Actions& next) {
     Arbitrate(next);
     return;
   }
-  if (!failure.ok()) {
+  if (!make.failure.ok()) {
     take_back("not made");
     give_up();
     next.log.push_back(
         absl::StrCat("create-failed session=", make.claim.session.value(),
                      " instance=", instance.name, " pages=", make.pages.size(),
-                     " error=\"", failure.message(), "\""));
-    make.claim.last_error = std::string(failure.message());
+                     " error=\"", make.failure.message(), "\""));
+    make.claim.last_error = std::string(make.failure.message());
+    const size_t many =
+        std::max(make.made, options_.inline_handles) - options_.inline_handles;
+    const absl::Duration retry =
+        kRetry + kRetryPerHandle * static_cast<int64_t>(many);
     if (cancelled) {
       Refuse(make.claim, absl::StatusCode::kCancelled, "cancelled", next);
     } else if (make.claim.urgency == Urgency::kSpeculative || draining_) {
       Refuse(make.claim, absl::StatusCode::kUnavailable, make.claim.last_error,
              next);
     } else {
-      make.claim.retry_at = Now() + kRetry;
+      make.claim.retry_at = Now() + retry;
       make.claim.recheck_at = make.claim.retry_at;
       claims_.push_back(std::move(make.claim));
     }
@@ -145,7 +218,7 @@ void Core::Make(MakePages make, Actions& next) {
   granted.grant = make.grant;
   granted.pool = make.claim.pool;
   granted.pages = make.pages;
-  session->second.answers[make.claim.sequence].granted = granted;
+  KeepAnswer(session->second, make.claim.sequence, {.granted = granted});
   Grant grant;
   grant.id = make.grant;
   grant.sequence = make.claim.sequence;
@@ -167,6 +240,14 @@ void Core::Make(MakePages make, Actions& next) {
 }
 
 void Core::Send(SendHandles send, Actions& next) {
+  {
+    MutexLock lock(&mu_);
+    auto it = sessions_.find(send.session);
+    // Hung up meanwhile: what was not sent by then was taken back.
+    if (it == sessions_.end() || !it->second.connected) return;
+    auto grant = it->second.unmapped.find(send.grant);
+    if (grant != it->second.unmapped.end()) ++grant->second.frames;
+  }
   std::vector<UniqueFd> descriptors;
   descriptors.reserve(send.handles.size());
   absl::Status failure;
@@ -200,6 +281,14 @@ void Core::Send(SendHandles send, Actions& next) {
   SessionState& session = it->second;
   auto grant = session.unmapped.find(send.grant);
   uint32_t unsent = send.reserved - count;
+  // The newest, or with several under way at once others as new.
+  for (uint32_t left = unsent; left > 0;) {
+    uint32_t& newest = session.exported.back().second;
+    const uint32_t gone = std::min(newest, left);
+    left -= gone;
+    newest -= gone;
+    if (newest == 0) session.exported.pop_back();
+  }
   session.unacked_descriptors -= unsent;
   unacked_descriptors_ -= unsent;
   if (grant == session.unmapped.end()) return;
@@ -230,13 +319,33 @@ void Core::Recycle(const std::string& tenant, std::vector<HandleRef> handles,
   ledger_.AddStock(tenant, std::move(stock));
 }
 
+bool Core::IsWindowTight() const {
+  return unacked_descriptors_ >= options_.descriptor_window / 2;
+}
+
+bool Core::MayExport(const SessionState& session) const {
+  if (session.unacked_descriptors >= KVB_FD_WINDOW) return false;
+  if (!IsWindowTight()) return true;
+  // One at least: who acknowledges comes on, however many do not.
+  const size_t part = options_.descriptor_window / 2 / sessions_.size();
+  return session.unacked_descriptors < std::max<size_t>(part, 1);
+}
+
 void Core::CloseWindow(SessionState& session, uint32_t count,
                        Actions& actions) {
-  const bool others_waited = unacked_descriptors_ >= options_.descriptor_window;
+  const bool was_tight = IsWindowTight();
   session.unacked_descriptors -= count;
   unacked_descriptors_ -= count;
+  for (uint32_t left = count; left > 0;) {
+    uint32_t& oldest = session.exported.front().second;
+    const uint32_t gone = std::min(oldest, left);
+    left -= gone;
+    oldest -= gone;
+    if (oldest == 0) session.exported.pop_front();
+  }
   PumpDescriptors(session, actions);
-  if (!others_waited) return;
+  // Who has its even part waits for its own peer only.
+  if (!was_tight || IsWindowTight()) return;
   for (auto& [id, other] : sessions_) PumpDescriptors(other, actions);
 }
 
@@ -262,9 +371,7 @@ void Core::PumpDescriptors(SessionState& session, Actions& actions) {
         ++grant.next_handle;
         continue;
       }
-      if (send.handles.size() >= KVB_FD_MAX_PER_FRAME ||
-          session.unacked_descriptors >= KVB_FD_WINDOW ||
-          unacked_descriptors_ >= options_.descriptor_window) {
+      if (send.handles.size() >= KVB_FD_MAX_PER_FRAME || !MayExport(session)) {
         break;
       }
       if (send.handles.empty()) send.first_handle = grant.next_handle;
@@ -287,7 +394,7 @@ void Core::PumpDescriptors(SessionState& session, Actions& actions) {
     send.listener = session.listener;
     send.grant = grant.id;
     send.reserved = static_cast<uint32_t>(send.handles.size());
-    ++grant.frames;
+    session.exported.emplace_back(Now(), send.reserved);
     actions.send.push_back(std::move(send));
   }
 }

@@ -30,6 +30,11 @@ class SessionListener {
 
   // Ends the session from the broker's side; the peer is shown `reason`.
   virtual void Close(const absl::Status& reason) = 0;
+
+  // The last call: the core knows nothing of the session any more, since it
+  // left without holding anything, its process has exited, or another session
+  // goes on for it.
+  virtual void Forgotten() {}
 };
 
 }  // namespace kvbroker

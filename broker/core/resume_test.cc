@@ -1,4 +1,5 @@
 // What outlives a connection or a broker, by what the core is told and tells.
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -387,6 +388,37 @@ TEST_F(ResumeTest, AThirdSessionGoesOnFromAHalfResumedSecond) {
   EXPECT_EQ(Held("a"), kPage * 2);
   EXPECT_EQ(device_->live_handles(), 2);
   EXPECT_EQ(core_->Snapshot().broker.sessions, 1u);
+}
+
+// Keeps what it is told, once another session has gone on for its own.
+class OvertakenEar : public Ear {
+ public:
+  explicit OvertakenEar(std::function<void(const Opened&)> overtake)
+      : overtake_(std::move(overtake)) {}
+  void Tell(BrokerMessage message) override {
+    if (auto* said = std::get_if<Opened>(&message)) overtake_(*said);
+    Ear::Tell(std::move(message));
+  }
+  void Forgotten() override { forgotten = true; }
+  bool forgotten = false;
+
+ private:
+  std::function<void(const Opened&)> overtake_;
+};
+
+// Numbers of sessions can be guessed.
+TEST_F(ResumeTest, ASessionMayBeGoneOnFromBeforeItsOpenHasReturned) {
+  Engine engine = AnEngine(7);
+  auto ear = std::make_shared<OvertakenEar>([&](const Opened& opened) {
+    EXPECT_EQ(TryOpen(engine, Resuming{opened.incarnation, opened.session}),
+              absl::OkStatus());
+  });
+  Open open;
+  open.instance = engine.name;
+  open.pools.push_back({.handle_bytes = kPage, .max_pages = 100});
+  EXPECT_TRUE(core_->OpenSession(engine.peer, open, ear).ok());
+  EXPECT_TRUE(ear->forgotten);
+  EXPECT_EQ(Say(engine, {}, /*last=*/true), absl::OkStatus());
 }
 
 TEST_F(ResumeTest, NobodyGoesOnFromAnothersSession) {

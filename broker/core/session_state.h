@@ -8,6 +8,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/time/time.h"
@@ -41,6 +42,17 @@ struct Grant {
 struct Answer {
   std::optional<Refused> refused;  // else granted
   Granted granted;
+
+  // Of memory, about.
+  size_t size() const {
+    size_t bytes = sizeof(Answer) + granted.pages.size() * sizeof(PageName);
+    if (!refused) return bytes;
+    bytes += refused->reason.size();
+    for (const Holder& holder : refused->holders) {
+      bytes += sizeof(Holder) + holder.instance.size();
+    }
+    return bytes;
+  }
 };
 
 // A session that was opened to resume, until the last Resume.
@@ -74,12 +86,15 @@ struct SessionState {
   bool ignoring = false;
 
   std::map<Sequence, Answer> answers;
+  size_t answers_size = 0;  // of all together
   // Being granted: the answer waits for the backend. True: cancelled meanwhile.
   std::map<Sequence, bool> making;
   Sequence acked;
   std::map<GrantId, Grant> unmapped;  // offered, not yet acknowledged as mapped
   std::deque<GrantId> to_send;        // with descriptors still to hand over
   uint32_t unacked_descriptors = 0;
+  // The same, by when they were exported, oldest first.
+  std::deque<std::pair<absl::Time, uint32_t>> exported;
 };
 
 // The order in force and the last report.

@@ -20,6 +20,8 @@ constexpr uint32_t kMaxPagesPerPool = 1u << 20;
 constexpr uint32_t kMaxHandlesPerPage = 4096;
 constexpr PageCount kMaxPagesPerClaim = 65536;
 constexpr size_t kMaxRememberedAnswers = 1024;
+// Seven answers as large as can be.
+constexpr size_t kMaxAnswersSize = 4 << 20;
 constexpr size_t kMaxClaimsPerSession = 64;
 constexpr size_t kMaxLabels = 32;
 constexpr int kMaxEmptyAnswers = 3;
@@ -97,6 +99,9 @@ absl::StatusOr<std::unique_ptr<Core>> Core::Create(CoreOptions options) {
                    FormatBytes(device.total), "; got ",
                    FormatBytes(options.capacity));
   }
+  if (options.descriptor_window == 0) {
+    return Invalid("descriptor_window: must be at least 1; got 0");
+  }
   if (!options.wake) options.wake = [] {};
   if (!options.remember) options.remember = [](bool) {};
   if (!options.log) options.log = [](std::string_view) {};
@@ -161,6 +166,7 @@ absl::Status Core::CheckOpen(const Peer& peer, const Open& open,
   if (open.max && (*open.max < Bytes(0) || *open.max > kMaxBytes)) {
     return Invalid("max: not a number of bytes; got ", open.max->count());
   }
+  RETURN_IF_ERROR(CheckQuotas(peer, name, resumption));
   LedgerInstance* instance = ledger_.FindInstance({peer.tenant, name});
   if (open.min && open.max && *open.min > *open.max) {
     return Invalid("min: is above max: ", FormatBytes(*open.min), " and ",
@@ -193,6 +199,51 @@ absl::Status Core::CheckOpen(const Peer& peer, const Open& open,
     }
   }
   return absl::OkStatus();
+}
+
+absl::Status Core::CheckQuotas(const Peer& peer, const std::string& name,
+                               const std::optional<Resumption>& resumption) {
+  const size_t sessions =
+      std::count_if(sessions_.begin(), sessions_.end(), [&](const auto& entry) {
+        return entry.second.peer.uid == peer.uid &&
+               !(resumption &&
+                 absl::c_linear_search(resumption->sources, entry.first));
+      });
+  if (sessions >= options_.max_sessions_per_uid) {
+    return absl::ResourceExhaustedError(absl::StrCat(
+        "quota.sessions: uid ", peer.uid, " has ", sessions,
+        " sessions already; end some, or raise quota.sessions of kvbrokerd"));
+  }
+  if (auto existing = ledger_.FindInstance({peer.tenant, name});
+      existing != nullptr && !existing->sessions.empty()) {
+    return absl::OkStatus();
+  }
+  size_t instances = 0;
+  for (const auto& [key, instance] : ledger_.instances()) {
+    instances += key.first == peer.tenant && !instance.sessions.empty();
+  }
+  if (instances >= options_.max_instances_per_tenant) {
+    return absl::ResourceExhaustedError(absl::StrCat(
+        "quota.instances: tenant ", peer.tenant, " has ", instances,
+        " instances already; end some, or raise quota.instances of kvbrokerd"));
+  }
+  return absl::OkStatus();
+}
+
+void Core::KeepAnswer(SessionState& session, Sequence sequence, Answer answer) {
+  session.answers_size += answer.size();
+  auto [kept, added] = session.answers.try_emplace(sequence);
+  if (!added) session.answers_size -= kept->second.size();
+  kept->second = std::move(answer);
+  // The oldest go, but for this one.
+  while (session.answers.size() > 1 &&
+         (session.answers.size() > kMaxRememberedAnswers ||
+          session.answers_size > kMaxAnswersSize)) {
+    auto oldest = session.answers.begin();
+    if (oldest == kept) ++oldest;
+    session.answers_size -= oldest->second.size();
+    session.answers.erase(oldest);
+  }
 }
 
 std::string Core::NameInForce(const Peer& peer, const std::string& wished) {
@@ -312,14 +363,17 @@ absl::StatusOr<SessionId> Core::OpenSession(
   listener->Tell(std::move(opened));
   {
     MutexLock lock(&mu_);
-    sessions_.at(id).opened = true;
-    const LedgerInstance& instance =
-        ledger_.InstanceOf(*ledger_.FindSession(id));
-    if (instance.limit_revision != told) {
-      // Set meanwhile.
-      actions.tell.emplace_back(
-          listener,
-          LimitChanged{instance.limit_revision, instance.min, instance.max});
+    // Another session may have gone on for it already.
+    if (auto it = sessions_.find(id); it != sessions_.end()) {
+      it->second.opened = true;
+      const LedgerInstance& instance =
+          ledger_.InstanceOf(*ledger_.FindSession(id));
+      if (instance.limit_revision != told) {
+        // Set meanwhile.
+        actions.tell.emplace_back(
+            listener,
+            LimitChanged{instance.limit_revision, instance.min, instance.max});
+      }
     }
   }
   Run(std::move(actions));
@@ -402,9 +456,9 @@ absl::Status Core::On(SessionState& session, const Acquire& acquire,
   }
   // Forget the answers that have arrived; give a repeated question its answer.
   if (acquire.acked > session.acked) session.acked = acquire.acked;
-  session.answers.erase(session.answers.begin(),
-                        session.answers.upper_bound(session.acked));
-  while (session.answers.size() > kMaxRememberedAnswers) {
+  while (!session.answers.empty() &&
+         session.answers.begin()->first <= session.acked) {
+    session.answers_size -= session.answers.begin()->second.size();
     session.answers.erase(session.answers.begin());
   }
   if (auto it = session.answers.find(acquire.sequence);
@@ -415,7 +469,7 @@ absl::Status Core::On(SessionState& session, const Acquire& acquire,
       session.making.contains(acquire.sequence)) {
     return absl::OkStatus();
   }
-  size_t waiting = 0;
+  size_t waiting = session.making.size();
   for (const Claim& claim : claims_) {
     if (claim.session != session.id) continue;
     if (claim.sequence == acquire.sequence) return absl::OkStatus();
@@ -423,7 +477,8 @@ absl::Status Core::On(SessionState& session, const Acquire& acquire,
   }
   if (waiting >= kMaxClaimsPerSession) {
     return absl::ResourceExhaustedError(
-        absl::StrCat("acquire: too many unanswered at once, ", waiting));
+        absl::StrCat("acquire: a session may have ", kMaxClaimsPerSession,
+                     " unanswered at a time"));
   }
 
   Claim claim;
@@ -763,6 +818,7 @@ void Core::EraseSession(SessionId id, std::string_view why, Actions& actions) {
     ordered_.erase(pool);
   }
   std::vector<HandleRef> handles = ledger_.CloseSession(id, Now());
+  actions.forgotten.push_back(std::move(state.listener));
   sessions_.erase(id);
   Recycle(tenant, std::move(handles), actions);
   LedgerInstance* instance = ledger_.FindInstance(key);

@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <signal.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -28,6 +29,35 @@ constexpr absl::Duration kReadingLasts = absl::Milliseconds(10);
 // A signal makes fallocate undo its work and fail; steps bound what is lost.
 constexpr int64_t kFillStep = int64_t{64} << 20;
 
+// Numbers below the limit of open files that are left to the rest of the
+// process, and those beyond them that only exports use, which are closed again
+// as soon as they are sent. Of a small limit each is a quarter at most.
+constexpr rlim_t kNumbersForOthers = 256;
+constexpr rlim_t kNumbersForExports = 256;
+
+absl::Status OutOfDescriptors(rlim_t limit) {
+  return absl::ResourceExhaustedError(absl::StrCat(
+      "the broker has no descriptors left for more memory: each handle of the "
+      "host backend is an open file, and the limit is ",
+      limit,
+      "; use larger pages, or raise the limit of kvbrokerd (ulimit -Hn, "
+      "LimitNOFILE= of its service)"));
+}
+
+rlim_t DescriptorLimit() {
+  rlimit limit;
+  return getrlimit(RLIMIT_NOFILE, &limit) == 0 ? limit.rlim_cur : RLIM_INFINITY;
+}
+
+// Whether `fd`, the lowest number that was free, leaves some for others.
+absl::Status CheckNumber(int fd, rlim_t to_leave) {
+  const rlim_t limit = DescriptorLimit();
+  if (static_cast<rlim_t>(fd) < limit - std::min(to_leave, limit / 2)) {
+    return absl::OkStatus();
+  }
+  return OutOfDescriptors(limit);
+}
+
 Bytes SystemPage() { return Bytes(sysconf(_SC_PAGESIZE)); }
 
 absl::StatusOr<std::string> UuidOfThisBoot() {
@@ -44,7 +74,10 @@ absl::StatusOr<std::string> UuidOfThisBoot() {
 // A sealed file of `size` bytes, all of them allocated.
 absl::StatusOr<UniqueFd> MakeFile(Bytes size) {
   UniqueFd fd(memfd_create("kvbroker-page", MFD_CLOEXEC | MFD_ALLOW_SEALING));
+  if (!fd && errno == EMFILE) return OutOfDescriptors(DescriptorLimit());
   if (!fd) return ErrnoToStatus(errno, "memfd_create");
+  RETURN_IF_ERROR(
+      CheckNumber(fd.get(), kNumbersForOthers + kNumbersForExports));
   for (int64_t done = 0; done < size.count();) {
     int64_t step = std::min(kFillStep, size.count() - done);
     if (fallocate(fd.get(), 0, done, step) == 0) {
@@ -208,7 +241,11 @@ absl::StatusOr<UniqueFd> HostBackend::Export(const Handle& handle) {
   }
   // `handle` keeps the file open meanwhile.
   if (first) RETURN_IF_ERROR(PrepareLeases(file));
-  return OpenAnew(file);
+  ASSIGN_OR_RETURN(UniqueFd opened, OpenAnew(file));
+  const rlim_t quarter = DescriptorLimit() / 4;
+  RETURN_IF_ERROR(
+      CheckNumber(opened.get(), std::min(kNumbersForOthers, quarter)));
+  return opened;
 }
 
 absl::StatusOr<Bytes> HostBackend::UsedBytes() {

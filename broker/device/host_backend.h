@@ -27,7 +27,10 @@
 // On a kernel without such leases the backend still works, but bytes are free
 // as soon as the Handle is dropped: `sees_importers()` is false then.
 //
-// One descriptor of this process per handle, live or lingering.
+// One descriptor of this process per handle, live or lingering. The last
+// numbers below the limit of open files are left to others (new connections,
+// files): a handle that would need one of them is refused with the limit and
+// how to raise it.
 //
 // Threads: safe. No lock is held over a system call, but for the one that lets
 // only one thread look through the lingering allocations.

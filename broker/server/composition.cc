@@ -29,9 +29,6 @@
 namespace kvbroker {
 namespace {
 
-// Exported and unread ones of all sessions; the kernel counts those of a user
-// against the limit of open files, beyond which nobody gets any.
-constexpr uint64_t kMaxDescriptorWindow = 4096;
 // How long an answer is held back for what it says to be kept on disk.
 constexpr absl::Duration kStateWait = absl::Milliseconds(200);
 // For calls that are under way when the broker stops.
@@ -111,8 +108,7 @@ std::string StateDirectory(const BrokerConfig& config) {
       state != nullptr && *state == '/') {
     return absl::StrCat(state, "/kvbroker");
   }
-  if (const char* home = std::getenv("HOME");
-      home != nullptr && *home == '/') {
+  if (const char* home = std::getenv("HOME"); home != nullptr && *home == '/') {
     return absl::StrCat(home, "/.local/state/kvbroker");
   }
   return "";
@@ -202,7 +198,12 @@ absl::StatusOr<std::unique_ptr<RunningBroker>> RunningBroker::Start(
   self->connections_ = std::make_unique<ConnectionTable>(
       ConnectionTable::Options{.clock = &Clock::Steady(),
                                .first_number = first_number,
-                               .last_number = last_number});
+                               .last_number = last_number,
+                               // One user leaves some to others.
+                               .max_per_uid = std::min<size_t>(
+                                   config.quotas.connections,
+                                   (last_number - first_number + 1) / 2)});
+  self->rendezvous_ = std::make_unique<Rendezvous>(config.quotas.half_open);
   ASSIGN_OR_RETURN(self->loop_, EventLoop::Create());
 
   CoreOptions core_options = {
@@ -211,8 +212,13 @@ absl::StatusOr<std::unique_ptr<RunningBroker>> RunningBroker::Start(
       .capacity = capacity,
       .policy = config.policy,
       .incarnation = incarnation,
-      .descriptor_window = static_cast<uint32_t>(
-          std::min(kMaxDescriptorWindow, descriptor_limit / 2)),
+      // The kernel counts exported and unread ones of a user against the limit
+      // of open files, beyond which nobody gets any.
+      .descriptor_window = static_cast<uint32_t>(std::min<uint64_t>(
+          self->options_.descriptor_window, descriptor_limit / 2)),
+      .acknowledge_within = self->options_.acknowledge_within,
+      .max_sessions_per_uid = config.quotas.sessions,
+      .max_instances_per_tenant = config.quotas.instances,
       .remembered = self->Recall(state),
       .resume_grace = config.resume_grace,
       .remember =
@@ -222,7 +228,12 @@ absl::StatusOr<std::unique_ptr<RunningBroker>> RunningBroker::Start(
             if (wait) broker->state_keeper_->Wait(kStateWait);
           },
       .wake = [broker = self.get()] { broker->WakeCore(); },
+      .executor =
+          [broker = self.get()](std::function<void()> work) {
+            broker->driver_->Do(std::move(work));
+          },
   };
+  self->driver_ = std::make_unique<DriverThread>();
   if (log->Wants(LogLevel::kInfo)) {
     core_options.log = [log](std::string_view line) {
       log->Write(LogLevel::kInfo, line);
@@ -242,10 +253,8 @@ absl::StatusOr<std::unique_ptr<RunningBroker>> RunningBroker::Start(
   ASSIGN_OR_RETURN(self->core_, Core::Create(std::move(core_options)));
   if (self->state_file_) {
     self->state_keeper_ = std::make_unique<StateKeeper>(StateKeeper::Options{
-        .save =
-            [file = &*self->state_file_](const BrokerState& state) {
-              return file->Save(state);
-            },
+        .save = [file = &*self->state_file_](
+                    const BrokerState& state) { return file->Save(state); },
         .state = [broker = self.get()] { return broker->StateToSave(); },
         .log = warn});
     self->state_keeper_->Changed();
@@ -258,8 +267,9 @@ absl::StatusOr<std::unique_ptr<RunningBroker>> RunningBroker::Start(
               .core = self->core_.get(),
               .loop = self->loop_.get(),
               .connections = self->connections_.get(),
-              .rendezvous = &self->rendezvous_,
+              .rendezvous = self->rendezvous_.get(),
               .max_waiting = self->options_.max_waiting,
+              .max_waiting_bytes = self->options_.max_waiting_bytes,
               .count_session =
                   [broker = self.get()](int change) {
                     broker->CountSession(change);
@@ -278,7 +288,7 @@ absl::StatusOr<std::unique_ptr<RunningBroker>> RunningBroker::Start(
       AcceptLoop::Start(
           {.loop = self->loop_.get(),
            .connections = self->connections_.get(),
-           .rendezvous = &self->rendezvous_,
+           .rendezvous = self->rendezvous_.get(),
            .admission = admission,
            .identify = {.tenant_by = tenant_by,
                         .socket_name = device.device_uuid,
@@ -329,6 +339,7 @@ void RunningBroker::Stop() {
     if (state_keeper_ != nullptr) state_keeper_->Finish();
     server_->Stop(kStopGrace);
     loop_->Stop();
+    driver_->Stop();
     log_->Write(LogLevel::kInfo,
                 "kvbrokerd stopped: engines run on with what they hold");
   }
@@ -354,10 +365,10 @@ Remembered RunningBroker::Recall(const absl::StatusOr<BrokerState>& state) {
          .weight = saved.weight,
          .revision = saved.revision,
          // Who was connected has until now had a process.
-         .unused_for = saved.unused_since == absl::InfiniteFuture()
-                           ? absl::ZeroDuration()
-                           : std::max(now - saved.unused_since,
-                                      absl::ZeroDuration())});
+         .unused_for =
+             saved.unused_since == absl::InfiniteFuture()
+                 ? absl::ZeroDuration()
+                 : std::max(now - saved.unused_since, absl::ZeroDuration())});
   }
   for (const SavedSession& saved : state->sessions) {
     RememberedSession session = {.peer = {.tenant = saved.tenant,
@@ -382,16 +393,16 @@ BrokerState RunningBroker::StateToSave() {
   BrokerState state = {.incarnation = incarnation_};
   const absl::Time now = absl::Now();
   for (const RememberedLimits& limits : remembered.limits) {
-    state.limits.push_back({.tenant = limits.tenant,
-                            .name = limits.name,
-                            .min = limits.min,
-                            .max = limits.max,
-                            .weight = limits.weight,
-                            .revision = limits.revision,
-                            .unused_since =
-                                limits.unused_for == absl::ZeroDuration()
-                                    ? absl::InfiniteFuture()
-                                    : now - limits.unused_for});
+    state.limits.push_back(
+        {.tenant = limits.tenant,
+         .name = limits.name,
+         .min = limits.min,
+         .max = limits.max,
+         .weight = limits.weight,
+         .revision = limits.revision,
+         .unused_since = limits.unused_for == absl::ZeroDuration()
+                             ? absl::InfiniteFuture()
+                             : now - limits.unused_for});
   }
   for (const RememberedSession& session : remembered.sessions) {
     state.sessions.push_back({.tenant = session.peer.tenant,
@@ -408,8 +419,7 @@ BrokerState RunningBroker::StateToSave() {
 void RunningBroker::WatchExpected() {
   for (const auto& [peer, process] : expected_) {
     absl::StatusOr<EventLoop::WatchId> watch = loop_->WatchOnce(
-        process.get(), EPOLLIN,
-        [core = core_.get(), peer = peer](uint32_t) {
+        process.get(), EPOLLIN, [core = core_.get(), peer = peer](uint32_t) {
           core->ExpectedGone(peer);
         });
     // Without a watch the grace ends the wait.

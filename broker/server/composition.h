@@ -34,6 +34,7 @@
 #include "broker/device/backend.h"
 #include "broker/device/backend_factory.h"
 #include "broker/server/device_lock.h"
+#include "broker/server/driver_thread.h"
 #include "broker/server/state_keeper.h"
 #include "broker/state/broker_state.h"
 #include "broker/state/state_file.h"
@@ -62,6 +63,9 @@ struct BrokerOptions {
   absl::Duration join_within = absl::Seconds(10);
   absl::Duration rest_after = absl::Seconds(5);
   size_t max_waiting = 4096;
+  size_t max_waiting_bytes = 8 << 20;
+  uint32_t descriptor_window = 4096;
+  absl::Duration acknowledge_within = absl::Seconds(10);
   bool log_to_stderr = true;
 };
 
@@ -113,12 +117,13 @@ class RunningBroker {
   uint64_t incarnation_ = 0;
   std::optional<StateFile> state_file_;
   std::unique_ptr<ConnectionTable> connections_;
-  Rendezvous rendezvous_;
+  std::unique_ptr<Rendezvous> rendezvous_;
   std::unique_ptr<EventLoop> loop_;
   // Expected of before, and the pidfds they are watched by.
   std::vector<std::pair<Peer, UniqueFd>> expected_;
   std::unique_ptr<StateKeeper> state_keeper_;  // set before anybody connects
   std::unique_ptr<Core> core_;
+  std::unique_ptr<DriverThread> driver_;
   std::unique_ptr<GrpcServer> server_;
   std::unique_ptr<AcceptLoop> accept_;
   bool stopped_ = false;

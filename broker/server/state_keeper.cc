@@ -62,9 +62,8 @@ void StateKeeper::Run() {
     } else if (saved.ok() && failing_) {
       options_.log("state-saved again");
     }
-    retry = failing_ && !saved.ok()
-                ? std::min(retry * 2, options_.last_retry)
-                : options_.first_retry;
+    retry = failing_ && !saved.ok() ? std::min(retry * 2, options_.last_retry)
+                                    : options_.first_retry;
     failing_ = !saved.ok();
     attempted_ = changes;
     written_.SignalAll();

@@ -54,7 +54,7 @@ class StateKeeper {
 
   const Options options_;
   Mutex mu_;
-  CondVar wake_;    // the thread's
+  CondVar wake_;     // the thread's
   CondVar written_;  // those in Wait
   // Changes so far, and those that the last attempt took in.
   uint64_t changes_ ABSL_GUARDED_BY(mu_) = 0;

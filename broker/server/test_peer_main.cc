@@ -7,18 +7,28 @@
 //     steal NONCE    opens with another's nonce (hexadecimal): the status
 //     list           what the admin service shows: the status, or the names
 //     limit NAME     sets the limit of an instance: the status
+//     serve          opens instance "neighbour", takes and returns a page again
+//                    and again: "serving", and at the end of its input how
+//                    often and how long the worst took: "N WORST_US", or what
+//                    went wrong
 //     slow           opens "slow" and asks without ever reading: "asked"
+#include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/prctl.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <cstdint>
 #include <string>
 #include <vector>
 
 #include "absl/strings/escaping.h"
+#include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "absl/time/clock.h"
+#include "absl/time/time.h"
 #include "broker/server/test_session.h"
 
 namespace kvbroker {
@@ -27,6 +37,27 @@ namespace {
 void Say(const std::string& line) {
   printf("%s\n", line.c_str());
   fflush(stdout);
+}
+
+bool InputEnded() {
+  pollfd input = {.fd = 0, .events = POLLIN};
+  return poll(&input, 1, 0) != 0;
+}
+
+std::string Serve(TestSession& session) {
+  absl::Status status = session.Begin("neighbour");
+  if (!status.ok()) return status.ToString();
+  Say("serving");
+  absl::Duration worst;
+  int64_t times = 0;
+  for (; times < 10 || !InputEnded(); ++times) {
+    const absl::Time start = absl::Now();
+    status = session.Acquire(1).status();
+    if (!status.ok()) return status.ToString();
+    if (!session.ReturnLast()) return session.ReadToTheEnd().ToString();
+    worst = std::max(worst, absl::Now() - start);
+  }
+  return absl::StrCat(times, " ", absl::ToInt64Microseconds(worst));
 }
 
 int Run(const std::vector<std::string>& arguments) {
@@ -64,6 +95,8 @@ int Run(const std::vector<std::string>& arguments) {
                    : names.status().ToString());
   } else if (command == "limit") {
     Say(TestAdmin(address).SetMax(argument, MiB(1)).ToString());
+  } else if (command == "serve") {
+    Say(Serve(session));
   } else if (command == "slow") {
     absl::Status status = session.Begin("slow");
     // Each is refused with some words; until the broker has had enough.

@@ -19,7 +19,7 @@ namespace {
 
 // A test that would wait for ever fails instead.
 std::chrono::system_clock::time_point Patience() {
-  return std::chrono::system_clock::now() + std::chrono::seconds(20);
+  return std::chrono::system_clock::now() + std::chrono::seconds(100);
 }
 
 // Each its own connection.
@@ -48,15 +48,20 @@ std::string ToString(const grpc::ByteBuffer& buffer) {
 
 }  // namespace
 
-struct TestSession::Stream {
-  explicit Stream(const client::BrokerAddress& address)
-      : channel(Connect(address)), stub(v1::Broker::NewStub(channel)) {
-    context.set_deadline(Patience());
-    call = stub->Attach(&context);
-  }
+struct TestSession::Connection {
+  explicit Connection(const client::BrokerAddress& address)
+      : channel(Connect(address)), stub(v1::Broker::NewStub(channel)) {}
 
   std::shared_ptr<grpc::Channel> channel;
   std::unique_ptr<v1::Broker::Stub> stub;
+};
+
+struct TestSession::Stream {
+  explicit Stream(v1::Broker::Stub& stub) {
+    context.set_deadline(Patience());
+    call = stub.Attach(&context);
+  }
+
   grpc::ClientContext context;
   std::unique_ptr<
       grpc::ClientReaderWriter<v1::ClientMessage, v1::BrokerMessage>>
@@ -65,7 +70,14 @@ struct TestSession::Stream {
 };
 
 TestSession::TestSession(const client::BrokerAddress& address)
-    : address_(address), descriptors_(address.descriptor_path) {}
+    : address_(address),
+      descriptors_(address.descriptor_path),
+      connection_(std::make_shared<Connection>(address)) {}
+
+TestSession::TestSession(const TestSession& other)
+    : address_(other.address_),
+      descriptors_(other.address_.descriptor_path),
+      connection_(other.connection_) {}
 
 TestSession::~TestSession() { HangUpStream(); }
 
@@ -85,7 +97,10 @@ absl::Status TestSession::Begin(const std::string& instance, bool with_pidfd) {
 
 absl::Status TestSession::OpenWith(const Nonce& nonce,
                                    const std::string& instance) {
-  stream_ = std::make_unique<Stream>(address_);
+  return OpenWith(OpenOf(nonce, instance));
+}
+
+Open TestSession::OpenOf(const Nonce& nonce, const std::string& instance) {
   Open open;
   open.nonce = nonce;
   open.instance = instance;
@@ -94,6 +109,11 @@ absl::Status TestSession::OpenWith(const Nonce& nonce,
                  .layout = Layout::kPerLayer,
                  .max_pages = 100000,
                  .label = "kv"}};
+  return open;
+}
+
+absl::Status TestSession::OpenWith(const Open& open) {
+  stream_ = std::make_unique<Stream>(*connection_->stub);
   Send(open);
   ASSIGN_OR_RETURN(BrokerMessage answer, Read());
   if (!std::holds_alternative<Opened>(answer)) {
@@ -131,14 +151,18 @@ absl::Status TestSession::ReadToTheEnd() {
   }
 }
 
-bool TestSession::SendAcquire(uint32_t pages) {
+bool TestSession::ReturnLast() {
+  return Send(Return{granted_.pool, granted_.pages});
+}
+
+bool TestSession::SendAcquire(uint32_t pages, absl::Duration deadline) {
   return Send(kvbroker::Acquire{.sequence = Sequence(++sequence_),
                                 .acked = Sequence(sequence_ - 1),
                                 .pool = pool(),
                                 .want = pages,
                                 .at_least = pages,
                                 .urgency = Urgency::kWaiting,
-                                .deadline = absl::Seconds(5)});
+                                .deadline = deadline});
 }
 
 absl::StatusOr<std::vector<UniqueFd>> TestSession::Acquire(uint32_t pages) {
@@ -164,6 +188,7 @@ absl::StatusOr<std::vector<UniqueFd>> TestSession::Acquire(uint32_t pages) {
     }
     descriptors_.Ack(granted->grant, frame->header.handle_count);
   }
+  granted_ = *granted;
   for (const UniqueFd& handle : handles) {
     if (!handle) return absl::DataLossError("a handle came twice");
   }

@@ -23,6 +23,8 @@ namespace kvbroker {
 class TestSession {
  public:
   explicit TestSession(const client::BrokerAddress& address);
+  // Its stream goes over the other's gRPC connection.
+  explicit TestSession(const TestSession& other);
   ~TestSession();
 
   DescriptorClient& descriptors() { return descriptors_; }
@@ -31,6 +33,9 @@ class TestSession {
   absl::Status Begin(const std::string& instance, bool with_pidfd = false);
   // Only the stream and Open.
   absl::Status OpenWith(const Nonce& nonce, const std::string& instance);
+  absl::Status OpenWith(const Open& open);
+  // What the other two say.
+  static Open OpenOf(const Nonce& nonce, const std::string& instance);
 
   // False where the stream has ended.
   bool Send(const ClientMessage& message);
@@ -42,9 +47,13 @@ class TestSession {
 
   // Acquires, takes the descriptors and acknowledges all.
   absl::StatusOr<std::vector<UniqueFd>> Acquire(uint32_t pages);
-  bool SendAcquire(uint32_t pages);
+  bool SendAcquire(uint32_t pages, absl::Duration deadline = absl::Seconds(5));
+  // Gives back what Acquire brought last.
+  bool ReturnLast();
+  const Granted& last_granted() const { return granted_; }
 
   SessionId id() const { return opened_.session; }
+  const Opened& opened() const { return opened_; }
   PoolId pool() const { return opened_.pools.at(0); }
   Bytes page_bytes() const { return KiB(128); }
 
@@ -53,11 +62,14 @@ class TestSession {
 
  private:
   struct Stream;
+  struct Connection;
 
   const client::BrokerAddress address_;
   DescriptorClient descriptors_;
+  std::shared_ptr<Connection> connection_;
   std::unique_ptr<Stream> stream_;
   Opened opened_;
+  Granted granted_;
   uint64_t sequence_ = 0;
 };
 

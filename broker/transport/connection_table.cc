@@ -31,9 +31,11 @@ absl::StatusOr<int> ConnectionTable::Enter(
   EndCooling();
   auto count = per_uid_.find(peer->uid);
   if (count != per_uid_.end() && count->second >= options_.max_per_uid) {
-    return absl::ResourceExhaustedError(
-        absl::StrCat("too many connections of one user: uid ", peer->uid,
-                     " has ", count->second));
+    return absl::ResourceExhaustedError(absl::StrCat(
+        "quota.connections: uid ", peer->uid, " has ", count->second,
+        " connections, those included that ended "
+        "just now; raise quota.connections of kvbrokerd, and its "
+        "limit of open files where that is the bound"));
   }
   // What others hold the table does not know: once round the range, no more.
   int previous = -1;
@@ -82,10 +84,8 @@ void ConnectionTable::Leave(int number) {
   MutexLock lock(&mu_);
   auto found = entries_.find(number);
   if (found == entries_.end()) return;
-  auto count = per_uid_.find(found->second->uid);
-  if (--count->second == 0) per_uid_.erase(count);
+  cooling_.push_back({options_.clock->Now(), number, found->second->uid});
   entries_.erase(found);
-  cooling_.emplace_back(options_.clock->Now(), number);
   is_cooling_.insert(number);
 }
 
@@ -111,8 +111,10 @@ int ConnectionTable::NextNumber() {
 void ConnectionTable::EndCooling() {
   const absl::Time now = options_.clock->Now();
   while (!cooling_.empty() &&
-         cooling_.front().first + options_.cooling <= now) {
-    is_cooling_.erase(cooling_.front().second);
+         cooling_.front().since + options_.cooling <= now) {
+    is_cooling_.erase(cooling_.front().number);
+    auto count = per_uid_.find(cooling_.front().uid);
+    if (--count->second == 0) per_uid_.erase(count);
     cooling_.pop_front();
   }
 }

@@ -19,7 +19,9 @@
 //     harms nobody: it is the old peer's RPC), and
 //   - `cooling` has passed since: an RPC that reaches its handler in that time
 //     finds nobody and is refused. No handler starts later than that.
-// Numbers go round, so that cooling rarely makes anybody wait.
+// Numbers go round, so that cooling rarely makes anybody wait; and a number
+// counts as its last user's until it may be taken again, so that nobody who
+// comes and goes quickly uses them up for others.
 //
 // Thread-safe.
 #ifndef KVBROKER_BROKER_TRANSPORT_CONNECTION_TABLE_H_
@@ -50,7 +52,7 @@ class ConnectionTable {
     int first_number = 0;
     int last_number = 0;
     absl::Duration cooling = absl::Seconds(3);
-    // Connections of one uid at a time.
+    // Numbers of one uid at a time, in use or cooling.
     size_t max_per_uid = 1024;
   };
 
@@ -88,7 +90,12 @@ class ConnectionTable {
       ABSL_GUARDED_BY(mu_);
   absl::flat_hash_map<uint32_t, size_t> per_uid_ ABSL_GUARDED_BY(mu_);
   // Numbers that left, oldest first, and when; the set is for look-up.
-  std::deque<std::pair<absl::Time, int>> cooling_ ABSL_GUARDED_BY(mu_);
+  struct Cooling {
+    absl::Time since;
+    int number;
+    uint32_t uid;
+  };
+  std::deque<Cooling> cooling_ ABSL_GUARDED_BY(mu_);
   absl::flat_hash_set<int> is_cooling_ ABSL_GUARDED_BY(mu_);
 };
 

@@ -15,6 +15,8 @@
 namespace kvbroker {
 namespace {
 
+// The largest message there is, a list of 65,536 pages, has 14 bytes each at
+// most. Larger ones end the call before they are read.
 constexpr int kMaxMessageBytes = 1 << 20;
 // One session a connection, and a few admin calls beside it.
 constexpr int kMaxStreamsPerConnection = 16;

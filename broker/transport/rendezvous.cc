@@ -15,8 +15,9 @@ absl::StatusOr<Rendezvous::Place> Rendezvous::Enter(uint32_t uid) {
   size_t& taken = places_[uid];
   if (taken >= places_per_uid_) {
     return absl::ResourceExhaustedError(
-        absl::StrCat("too many connections of one user wait for Open: uid ",
-                     uid, " has ", taken));
+        absl::StrCat("quota.half_open: uid ", uid, " has ", taken,
+                     " connections that wait for Open; raise quota.half_open "
+                     "of kvbrokerd"));
   }
   ++taken;
   return Place(this, uid);

@@ -57,17 +57,26 @@ class AttachStream final
   void Tell(BrokerMessage message) override {
     v1::BrokerMessage wire;
     ToWire(message, &wire);
+    const size_t size = wire.SpaceUsedLong();
     bool overflow = false;
+    size_t messages, bytes;
     {
       MutexLock lock(&mu_);
       if (ending_) return;
-      overflow = outbox_.size() >= options_->max_waiting;
-      if (!overflow) outbox_.push_back(std::move(wire));
+      messages = outbox_.size();
+      bytes = waiting_bytes_;
+      // A message of its own is never too large.
+      overflow = messages >= options_->max_waiting ||
+                 (messages > 0 && bytes + size > options_->max_waiting_bytes);
+      if (!overflow) {
+        outbox_.push_back({std::move(wire), size});
+        waiting_bytes_ += size;
+      }
     }
     if (overflow) {
-      absl::Status slow = absl::ResourceExhaustedError(
-          absl::StrCat("the peer does not read: messages that wait for it: ",
-                       options_->max_waiting));
+      absl::Status slow = absl::ResourceExhaustedError(absl::StrCat(
+          "the peer does not read: messages that wait for it: ", messages,
+          ", bytes: ", bytes));
       LogEnd(slow);
       Abort(slow);
     } else {
@@ -92,6 +101,20 @@ class AttachStream final
     // First: the end of the other connection would give a reason of its own.
     End(reason);
     CloseDescriptors();
+  }
+
+  void Forgotten() override {
+    EventLoop::WatchId watch;
+    bool counted;
+    {
+      MutexLock lock(&mu_);
+      forgotten_ = true;
+      watch = exit_watch_;
+      counted = std::exchange(counted_, false);
+    }
+    if (!counted) return;
+    options_->loop->Unwatch(watch);
+    options_->count_session(-1);
   }
 
   // ---- gRPC ----
@@ -122,9 +145,13 @@ class AttachStream final
       MutexLock lock(&mu_);
       --holds_;
       writing_ = false;
+      waiting_bytes_ -= outbox_.front().size;
       outbox_.pop_front();
       // The read that is under way sees the end of the stream as well.
-      if (!ok) outbox_.clear();
+      if (!ok) {
+        outbox_.clear();
+        waiting_bytes_ = 0;
+      }
     }
     Proceed();
   }
@@ -160,7 +187,10 @@ class AttachStream final
       ending_ = true;
       // All but the one that gRPC is writing.
       const size_t keep = writing_ ? 1 : 0;
-      while (outbox_.size() > keep) outbox_.pop_back();
+      while (outbox_.size() > keep) {
+        waiting_bytes_ -= outbox_.back().size;
+        outbox_.pop_back();
+      }
       ++holds_;
     }
     context_->TryCancel();
@@ -183,6 +213,11 @@ class AttachStream final
   }
 
  private:
+  struct Waiting {
+    v1::BrokerMessage message;
+    size_t size;  // in memory
+  };
+
   // Whatever may be done next on the call.
   void Proceed() {
     const v1::BrokerMessage* message = nullptr;
@@ -193,7 +228,7 @@ class AttachStream final
       if (holds_ != 0 || finished_) return;
       if (!outbox_.empty()) {
         // A deque's elements stay where they are while others are added.
-        message = &outbox_.front();
+        message = &outbox_.front().message;
         writing_ = true;
         ++holds_;
         // More follows at once: one system call for all of them.
@@ -257,13 +292,13 @@ class AttachStream final
       MutexLock lock(&mu_);
       descriptors_ = connection;
     }
-    absl::StatusOr<SessionId> session = core_->OpenSession(
-        {.tenant = peer.tenant,
-         .uid = peer.uid,
-         .pid = peer.pid,
-         .start_time = peer.start_time,
-         .process_inode = peer.process_inode},
-        open, shared_from_this());
+    absl::StatusOr<SessionId> session =
+        core_->OpenSession({.tenant = peer.tenant,
+                            .uid = peer.uid,
+                            .pid = peer.pid,
+                            .start_time = peer.start_time,
+                            .process_inode = peer.process_inode},
+                           open, shared_from_this());
     // Its end, and that of the descriptor connection, are OnReadDone's.
     if (!session.ok()) return session.status();
     bool hung_up;
@@ -274,23 +309,32 @@ class AttachStream final
     }
     if (hung_up) core_->HungUp(*session);
 
-    options_->count_session(+1);
     // The connection keeps the pidfd open.
     absl::StatusOr<EventLoop::WatchId> watch = options_->loop->WatchOnce(
         peer.pidfd.get(), EPOLLIN,
-        [options = options_, connection, weak, id = *session](uint32_t) {
-          options->core->ProcessGone(id);
+        [core = core_, connection, weak, id = *session](uint32_t) {
+          core->ProcessGone(id);
           connection->Close(absl::OkStatus());
           if (auto stream = weak.lock()) {
             stream->Abort(absl::UnavailableError("the process has exited"));
           }
-          options->count_session(-1);
         });
     if (!watch.ok()) {
       // Nobody would ever tell us of its end.
       core_->ProcessGone(*session);
-      options_->count_session(-1);
       return watch.status();
+    }
+    bool forgotten;
+    {
+      MutexLock lock(&mu_);
+      exit_watch_ = *watch;
+      forgotten = forgotten_;
+      counted_ = !forgotten;
+    }
+    if (forgotten) {
+      options_->loop->Unwatch(*watch);
+    } else {
+      options_->count_session(+1);
     }
     return absl::OkStatus();
   }
@@ -326,8 +370,13 @@ class AttachStream final
   SessionId session_ ABSL_GUARDED_BY(mu_);
   std::shared_ptr<DescriptorConnection> descriptors_ ABSL_GUARDED_BY(mu_);
   bool hung_up_ ABSL_GUARDED_BY(mu_) = false;
+  // Of the process's pidfd, until the core has forgotten the session.
+  EventLoop::WatchId exit_watch_ ABSL_GUARDED_BY(mu_);
+  bool counted_ ABSL_GUARDED_BY(mu_) = false;
+  bool forgotten_ ABSL_GUARDED_BY(mu_) = false;
   // The front one is being written while `writing_`.
-  std::deque<v1::BrokerMessage> outbox_ ABSL_GUARDED_BY(mu_);
+  std::deque<Waiting> outbox_ ABSL_GUARDED_BY(mu_);
+  size_t waiting_bytes_ ABSL_GUARDED_BY(mu_) = 0;  // of all in the outbox
   bool writing_ ABSL_GUARDED_BY(mu_) = false;
   int holds_ ABSL_GUARDED_BY(mu_) = 0;
   // Nothing more is told; then Finish is called, with `end_`.

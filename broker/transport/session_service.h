@@ -12,7 +12,8 @@
 //   garbage, or Core::Handle fails             -> the stream ends with that
 //                                                 status
 //   the peer does not read                     -> cancelled at max_waiting
-//                                                 messages
+//                                                 messages or
+//                                                 max_waiting_bytes
 //
 // Thread-safe. What Options points at outlives the server that serves this.
 #ifndef KVBROKER_BROKER_TRANSPORT_SESSION_SERVICE_H_
@@ -41,8 +42,9 @@ struct SessionServiceOptions {
   Rendezvous* rendezvous = nullptr;
   // Messages that may wait for one peer to read.
   size_t max_waiting = 4096;
-  // A session began (+1), or its process has exited (-1). From any thread, not
-  // always in order.
+  size_t max_waiting_bytes = 8 << 20;
+  // A session began (+1), or the core has forgotten it (-1). From any thread,
+  // not always in order.
   std::function<void(int change)> count_session;
   std::function<void(std::string_view line)> log;
 };

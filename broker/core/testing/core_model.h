@@ -56,6 +56,7 @@ enum class Op {
   kFailExports,  // its next export fails
   kTick,         // `a` milliseconds pass, and the core does what is due
   kAdvance,      // `a` milliseconds pass, and all do what they are told
+  kBulk,         // `a` steps of the work left to the executor are done
   kCooperate,  // all behave, those in the bits of `b` use all they have, those
                // in the bits of `a` ask for more, and time passes until nobody
                // need wait
@@ -81,14 +82,18 @@ class CoreModel {
     int64_t below_share = 0;  // claims that had to be served, and were
   };
 
+  // Where the core does its work on handles.
+  enum class Bulk { kInline, kOnExecutor };
+
   // OK, or which instruction broke what.
   static absl::Status Run(const std::vector<Instruction>& program,
-                          Statistics* statistics = nullptr);
+                          Statistics* statistics = nullptr,
+                          Bulk bulk = Bulk::kInline);
 
  private:
   using Key = std::pair<std::string, std::string>;  // tenant, name
 
-  CoreModel();
+  explicit CoreModel(Bulk bulk);
 
   void Do(const Instruction& instruction);
   void Start(const Instruction& instruction);
@@ -113,7 +118,9 @@ class CoreModel {
 std::vector<Instruction> RandomProgram(std::mt19937_64& random, int length);
 
 // A program that fails as `program` does, without most of what does not matter.
-std::vector<Instruction> Shrink(std::vector<Instruction> program);
+std::vector<Instruction> Shrink(
+    std::vector<Instruction> program,
+    CoreModel::Bulk bulk = CoreModel::Bulk::kInline);
 
 // As a C++ initializer list.
 std::string ToCpp(const std::vector<Instruction>& program);

@@ -53,8 +53,11 @@ class FakeClient::Listener : public SessionListener {
     sent_.insert(grant);
     queue_.push_back(Descriptors{grant, first_handle, std::move(descriptors)});
   }
+  // The core has hung up.
   void Close(const absl::Status& reason) override {
+    HungUp();
     MutexLock lock(&mu_);
+    closed_ = true;
     queue_.push_back(reason);
   }
 
@@ -65,6 +68,11 @@ class FakeClient::Listener : public SessionListener {
   void Returned(PoolId pool, PageName page) {
     MutexLock lock(&mu_);
     lent_.erase({pool, page});
+  }
+  // The client may not have heard of it yet.
+  bool closed() {
+    MutexLock lock(&mu_);
+    return closed_;
   }
   // What was announced without a descriptor does not stay after a hang-up.
   void HungUp() {
@@ -88,6 +96,7 @@ class FakeClient::Listener : public SessionListener {
  private:
   Mutex mu_;
   std::deque<Event> queue_ ABSL_GUARDED_BY(mu_);
+  bool closed_ ABSL_GUARDED_BY(mu_) = false;
   std::set<GrantId> grants_ ABSL_GUARDED_BY(mu_);
   std::set<GrantId> sent_ ABSL_GUARDED_BY(mu_);  // in part at least
   std::map<std::pair<PoolId, PageName>, GrantId> lent_ ABSL_GUARDED_BY(mu_);
@@ -125,9 +134,11 @@ FakeClient::FakeClient(Core& core, FakeBackend& device, const Clock& clock,
 
 FakeClient::~FakeClient() = default;
 
+bool FakeClient::was_ended() const { return listener_->closed(); }
+
 absl::Status FakeClient::Send(const ClientMessage& message) {
   absl::Status status = core_.Handle(id(), message);
-  if (!status.ok() && connected_) {
+  if (!status.ok() && connected_ && !listener_->closed()) {
     error_ = status;
     HangUp();
   }

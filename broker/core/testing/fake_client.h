@@ -154,6 +154,8 @@ class FakeClient {
   std::optional<Reclaim> told_order(size_t pool) const;
   // Why the core ended the session; OK while it has not.
   const absl::Status& error() const { return error_; }
+  // The core has ended the session; Pump tells the client.
+  bool was_ended() const;
   // What the core did wrong.
   const std::vector<std::string>& complaints() const { return complaints_; }
 

@@ -13,6 +13,8 @@
 
 #include <atomic>
 #include <cstdint>
+#include <deque>
+#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
@@ -57,6 +59,12 @@ class FakeWorld {
     PolicyConfig policy;
     uint32_t descriptor_window = 4096;
     Remembered remembered;
+    absl::Duration acknowledge_within = absl::Seconds(10);
+    size_t max_sessions_per_uid = 256;
+    size_t max_instances_per_tenant = 256;
+    // Work on more handles than `inline_handles` waits for RunBulk, or Settle.
+    bool bulk_by_hand = false;
+    size_t inline_handles = 64;
     uint64_t seed = 1;
   };
 
@@ -70,7 +78,12 @@ class FakeWorld {
   // The same for an engine that must be admitted.
   FakeClient& Start(const FakeEngine& engine);
 
-  // Pumps all clients until nobody has anything to do.
+  // Does the next step of the work that the core leaves to its executor; false
+  // where there is none.
+  bool RunBulk();
+  size_t bulk_waiting() const { return bulk_.size(); }
+
+  // Pumps all clients until nobody has anything to do, bulk work included.
   void Settle();
   // Lets time pass, from one due moment to the next, and settles at each.
   void Advance(absl::Duration by);
@@ -111,6 +124,7 @@ class FakeWorld {
   uint64_t checked_ ABSL_GUARDED_BY(mu_) = 0;  // events
   // Came before one with a smaller number, by another thread.
   std::map<uint64_t, HistoryEvent> early_ ABSL_GUARDED_BY(mu_);
+  std::deque<std::function<void()>> bulk_;
   std::unique_ptr<Core> core_;
   std::vector<std::unique_ptr<FakeClient>> clients_;
 };
