@@ -518,7 +518,10 @@ void Session::Process(const Disconnected& disconnected) {
   pool_by_id_.clear();
   away_ = true;
   open_by_ = absl::InfiniteFuture();
-  if (clock_.Now() - opened_at_ > kWasOpen) away_since_ = clock_.Now();
+  const absl::Time now = clock_.Now();
+  if (now - opened_at_ > kWasOpen || away_since_ == absl::InfinitePast()) {
+    away_since_ = now;
+  }
   PauseBeforeReconnect();
   absl::Status why = disconnected.why.ok()
                          ? absl::UnavailableError("the broker is gone")
