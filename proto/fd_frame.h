@@ -61,7 +61,8 @@ struct kvb_fd_welcome {
 
 /* Carries `handle_count` descriptors: the handles with ordinals first_handle,
  * first_handle + 1, ... of the grant. A grant's handles are numbered through its
- * pages in the order of Granted.pages, handles_per_page for each. */
+ * pages in the order of Granted.pages, handles_per_page for each. Frames of one
+ * grant may come in any order, and before or after its Granted. */
 struct kvb_fd_frame {
   struct kvb_fd_header header;
   uint64_t grant_id;

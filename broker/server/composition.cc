@@ -20,11 +20,11 @@
 #include "absl/strings/str_cat.h"
 #include "broker/base/clock.h"
 #include "broker/base/status_macros.h"
-#include "broker/server/version.h"
 #include "broker/transport/admin_service.h"
 #include "broker/transport/admission.h"
 #include "broker/transport/session_service.h"
 #include "broker/transport/unix_listener.h"
+#include "proto/version.h"
 
 namespace kvbroker {
 namespace {

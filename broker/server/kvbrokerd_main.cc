@@ -17,7 +17,7 @@
 #include "broker/base/unique_fd.h"
 #include "broker/config/command_line.h"
 #include "broker/server/composition.h"
-#include "broker/server/version.h"
+#include "proto/version.h"
 
 namespace kvbroker {
 namespace {

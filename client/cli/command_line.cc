@@ -13,11 +13,12 @@
 #include "broker/base/bytes.h"
 #include "broker/base/status_macros.h"
 #include "client/cli/operands.h"
+#include "proto/version.h"
 
 namespace kvbroker::cli {
 namespace {
 
-constexpr char kVersion[] = "kvctl 0.1.0";
+std::string Version() { return absl::StrCat("kvctl ", kVersion); }
 
 constexpr char kFooter[] =
     "\nSizes: 1024 (bytes), 512M, 2GB, 1T, 100_000; suffixes count in 1024s; 0 "
@@ -40,7 +41,7 @@ class Grammar {
  public:
   explicit Grammar(Fields& fields) : f_(fields) {
     app_.name("kvctl");
-    app_.set_version_flag("--version", kVersion, "Print the version and exit");
+    app_.set_version_flag("--version", Version(), "Print the version and exit");
     app_.add_option("--address", f_.address,
                     "A broker's socket, or a directory of sockets")
         ->type_name("PATH");
@@ -113,7 +114,7 @@ class Grammar {
     try {
       app_.parse(argc, argv);
     } catch (const CLI::CallForVersion&) {
-      return Information{absl::StrCat(kVersion, "\n")};
+      return Information{Version() + "\n"};
     } catch (const CLI::CallForHelp&) {
       return Information{app_.help()};
     } catch (const CLI::ParseError& error) {
