@@ -73,6 +73,22 @@ void BM_AllocFree(benchmark::State& state) {
 }
 BENCHMARK(BM_AllocFree)->Arg(1)->Arg(16)->Arg(256);
 
+// What a million of them say to the broker.
+void BM_MillionAllocs(benchmark::State& state) {
+  CountingSession session;
+  std::unique_ptr<Pool> pool = WarmPool(session);
+  std::vector<BlockId> blocks(16);
+  const int64_t sent = session.sent();
+  for (auto _ : state) {
+    KVB_CHECK(pool->Alloc(absl::MakeSpan(blocks), Urgency::kRunning));
+    KVB_CHECK(pool->Free(blocks).ok());
+  }
+  state.counters["rpcs_per_alloc"] =
+      static_cast<double>(session.sent() - sent) /
+      static_cast<double>(state.iterations());
+}
+BENCHMARK(BM_MillionAllocs)->Iterations(1'000'000);
+
 void BM_Available(benchmark::State& state) {
   CountingSession session;
   std::unique_ptr<Pool> pool = WarmPool(session);
