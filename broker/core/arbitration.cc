@@ -321,8 +321,7 @@ void Core::Arbitrate(Actions& actions) {
       above_limit = true;
     }
   }
-  // Stock is kept for those who wait, and for nobody else.
-  if (claims_.empty()) ReleaseStock(actions);
+  TrimStock(actions);
   if (claims_.empty() && !above_limit && ordered_.empty()) return;
   if (HoldsForResume()) {
     for (auto it = claims_.begin(); it != claims_.end();) {
@@ -478,7 +477,7 @@ void Core::Arbitrate(Actions& actions) {
       Order(id, kHoldAny, Tier::kIdle, Bytes(0), actions);
     }
   }
-  if (claims_.empty()) ReleaseStock(actions);
+  TrimStock(actions);
 }
 
 void Core::ExpireClaims(Actions& actions) {
@@ -585,6 +584,9 @@ absl::Time Core::NextDue() {
           due, session.exported.front().first + options_.acknowledge_within);
     }
   }
+  if (claims_.empty()) {
+    due = std::min(due, ledger_.oldest_stock() + options_.stock_decay);
+  }
   for (const Claim& claim : claims_) {
     due = std::min({due, claim.deadline, claim.recheck_at});
     auto held_off = instances_.at(ledger_.FindSession(claim.session)->instance)
@@ -620,6 +622,12 @@ absl::Time Core::RunDue() {
     ExpireClaims(actions);
     ExpireInstances(actions);
     ExpireDescriptors(actions);
+    if (claims_.empty()) {
+      for (HandleRef& handle :
+           ledger_.TrimStock(Now() - options_.stock_decay)) {
+        actions.release.push_back(std::move(handle));
+      }
+    }
     if (Now() >= pump_at_) {
       pump_at_ = absl::InfiniteFuture();
       for (auto& [id, session] : sessions_) PumpDescriptors(session, actions);

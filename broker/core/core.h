@@ -66,6 +66,12 @@ struct CoreOptions {
   Bytes capacity;
   PolicyConfig policy;
   uint64_t incarnation = 0;
+  // Stock: what comes back is kept for the next claim of the same tenant and
+  // size, so many bytes (unset: the lesser of 1/16 of the capacity and 1 GiB)
+  // and handles, each a descriptor, for so long.
+  std::optional<Bytes> max_stock;
+  size_t max_stocked_handles = 4096;
+  absl::Duration stock_decay = absl::Seconds(1);
   // Descriptors exported and not yet acknowledged, over all sessions; at least
   // 1. Half of it is for whoever comes; the other half is divided evenly, so
   // that those who do not acknowledge shut nobody out.
@@ -264,9 +270,14 @@ class Core {
   // The same, a step a turn of the executor.
   void MakeOnExecutor(std::shared_ptr<MakePages> make);
   void ReleaseOnExecutor(std::shared_ptr<std::vector<HandleRef>> handles);
-  // Puts handles into stock where a claim waits for such, else up for release.
+  // Puts handles into stock where a claim waits for such, or nobody waits and
+  // there is room; else up for release.
   void Recycle(const std::string& tenant, std::vector<HandleRef> handles,
                Actions& actions) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Tenants and sizes of the handles that claims wait for.
+  std::set<Ledger::StockKey> WantedStock() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // While claims wait, stock is for them alone; otherwise it has a bound.
+  void TrimStock(Actions& actions) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // All stock goes back to the device.
   void ReleaseStock(Actions& actions) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void PumpDescriptors(SessionState& session, Actions& actions)

@@ -1884,7 +1884,8 @@ TEST_F(CoreTest, WhatAPeerNeverSawDoesNotStayAfterItHungUp) {
   Settle();
   b.HangUp();
   EXPECT_EQ(world_.Status("b").held, MiB(2));
-  EXPECT_EQ(*world_.device().UsedBytes(), MiB(2));
+  EXPECT_EQ(*world_.device().UsedBytes(),
+            MiB(2) + core().Snapshot().broker.stock);
   b.Die();
 }
 
@@ -2008,6 +2009,138 @@ TEST_F(CoreTest, StockThatNobodyWaitsForGoesBackToTheDriver) {
     EXPECT_EQ(*world_.device().UsedBytes(), b.lent());
     if (way < 2) Hold(b, 1);
   }
+}
+
+// With room for four pages in stock while nobody waits.
+class WarmStockTest : public CoreTest {
+ protected:
+  WarmStockTest() : CoreTest({.max_stock = MiB(4), .max_stocked_handles = 6}) {}
+
+  void ReturnAll(FakeClient& client) {
+    client.Return(client.pool(), client.pages());
+    Settle();
+  }
+  Bytes Stock() { return core().Snapshot().broker.stock; }
+  int64_t Creates() { return world_.device().counts().creates; }
+};
+
+TEST_F(WarmStockTest, WhatComesBackIsLentAgainWithinTheTenant) {
+  FakeClient& a = StartWith(3, {.name = "a"});
+  ReturnAll(a);
+  EXPECT_EQ(Stock(), MiB(3));
+  Hold(a, 2);
+  EXPECT_EQ(Stock(), MiB(1));
+  StartWith(1, {.name = "b"});
+  EXPECT_EQ(Stock(), Bytes(0));
+  EXPECT_EQ(Creates(), 3);
+}
+
+TEST_F(WarmStockTest, NothingPassesToAnotherTenant) {
+  FakeClient& a = StartWith(3, {.name = "a", .tenant = "t"});
+  ReturnAll(a);
+  FakeClient& b = StartWith(3, {.name = "b", .tenant = "u"});
+  EXPECT_EQ(Creates(), 6);
+  EXPECT_EQ(Stock(), MiB(3));
+  ReturnAll(b);
+  EXPECT_EQ(Stock(), MiB(4));  // the bound is for all tenants together
+}
+
+TEST_F(WarmStockTest, IsBoundedByBytesAndByHandles) {
+  FakeClient& a = StartWith(6, {.name = "a"});
+  ReturnAll(a);
+  EXPECT_EQ(Stock(), MiB(4));
+  EXPECT_EQ(*world_.device().UsedBytes(), MiB(4));
+  Advance(absl::Seconds(1));
+  FakeClient& small = StartWith(8, {.name = "small", .handle = KiB(4)});
+  ReturnAll(small);
+  EXPECT_EQ(Stock(), KiB(24));
+}
+
+TEST_F(WarmStockTest, DecaysAndLeavesNothingDue) {
+  FakeClient& a = StartWith(4, {.name = "a"});
+  ASSERT_EQ(core().RunDue(), absl::InfiniteFuture());
+  const std::vector<PageName> pages = a.pages();
+  a.Return(a.pool(), {pages[0], pages[1]});
+  EXPECT_EQ(world_.wakes(), 1);
+  const absl::Time first = world_.clock().Now();
+  Advance(absl::Milliseconds(500));
+  a.Return(a.pool(), {pages[2]});
+  EXPECT_EQ(core().RunDue(), first + absl::Seconds(1));
+  Advance(absl::Milliseconds(500));
+  EXPECT_EQ(Stock(), MiB(1));
+  EXPECT_EQ(core().RunDue(), first + absl::Milliseconds(1500));
+  Advance(absl::Milliseconds(500));
+  EXPECT_EQ(Stock(), Bytes(0));
+  EXPECT_EQ(*world_.device().UsedBytes(), MiB(1));
+  EXPECT_EQ(core().RunDue(), absl::InfiniteFuture());
+}
+
+TEST_F(WarmStockTest, GivesWayToAnotherTenantOrSizeAndToCredit) {
+  struct Claimant {
+    FakeEngine engine;
+    PageCount pages;
+    bool credit;
+  };
+  for (const Claimant& claimant :
+       {Claimant{{.name = "b", .tenant = "other"}, 9, false},
+        Claimant{{.name = "b", .handle = MiB(2)}, 4, false},
+        Claimant{{.name = "b"}, 9, true}}) {
+    FakeClient& a = StartWith(4, {.name = "a"});
+    const std::vector<PageName> pages = a.pages();
+    a.Return(a.pool(), {pages[0], pages[1], pages[2]});
+    Settle();
+    ASSERT_EQ(Stock(), MiB(3));
+    FakeClient& b = Start(claimant.engine);
+    const Sequence sequence =
+        b.Ask({.at_least = claimant.pages, .credit = claimant.credit});
+    Settle();
+    EXPECT_NE(b.granted(sequence), nullptr);
+    EXPECT_THAT(a.orders(), IsEmpty());  // stock first
+    EXPECT_EQ(Stock(), Bytes(0));
+    EXPECT_EQ(world_.Check(), absl::OkStatus());
+    a.Die();
+    b.Die();
+    Advance(absl::Seconds(2));
+  }
+}
+
+TEST_F(WarmStockTest, IsNotKeptFromThoseWhoWait) {
+  // `c` waits for more than comes back: what it cannot use is free at once.
+  FakeClient& a = StartWith(8, {.name = "a"});
+  a.manners().preempts = false;
+  const std::vector<PageName> pages = a.pages();
+  a.Return(a.pool(), {pages[0], pages[1]});
+  EXPECT_EQ(Stock(), MiB(2));
+  FakeClient& c = Start({.name = "c", .handle = KiB(512)});
+  c.Ask({.at_least = 10});
+  Settle();
+  EXPECT_EQ(Stock(), Bytes(0));
+  a.Return(a.pool(), {pages[2]});
+  Settle();
+  EXPECT_EQ(Stock(), Bytes(0));
+  EXPECT_EQ(c.mapped(), 10);
+}
+
+TEST_F(WarmStockTest, GoesWhenTheDeviceIsShort) {
+  FakeClient& a = StartWith(3, {.name = "a"});
+  ReturnAll(a);
+  world_.device().FailNextCreate(absl::ResourceExhaustedError("no memory"));
+  FakeClient& b = Start({.name = "b", .tenant = "other"});
+  b.Ask({.at_least = 1});
+  EXPECT_EQ(Stock(), Bytes(0));
+  Advance(absl::Milliseconds(20));
+  EXPECT_EQ(b.mapped(), 1);
+}
+
+TEST_F(WarmStockTest, IsNotKeptByABrokerThatDrains) {
+  FakeClient& a = StartWith(3, {.name = "a"});
+  const std::vector<PageName> pages = a.pages();
+  a.Return(a.pool(), {pages[0]});
+  EXPECT_EQ(Stock(), MiB(1));
+  core().Drain();
+  EXPECT_EQ(Stock(), Bytes(0));
+  a.Return(a.pool(), {pages[1]});
+  EXPECT_EQ(Stock(), Bytes(0));
 }
 
 TEST_F(CoreTest, PoolsOfTheDeadAreSortedBySize) {
@@ -2439,6 +2572,7 @@ TEST(CoreThreads, HammeredFromAllSides) {
   for (const std::string& failure : failures) EXPECT_EQ(failure, "");
   EXPECT_EQ(core.CheckInvariants(), absl::OkStatus());
   EXPECT_EQ(world.device().CheckInvariants(), absl::OkStatus());
+  world.Advance(absl::Seconds(1));  // what is in stock decays
   EXPECT_EQ(*world.device().UsedBytes(), Bytes(0));
   EXPECT_EQ(core.Snapshot().broker.held, Bytes(0));
   EXPECT_EQ(core.Snapshot().broker.sessions, 0);

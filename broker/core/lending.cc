@@ -191,6 +191,7 @@ void Core::FinishMake(MakePages make, Actions& next) {
         std::max(make.made, options_.inline_handles) - options_.inline_handles;
     const absl::Duration retry =
         kRetry + kRetryPerHandle * static_cast<int64_t>(many);
+    ReleaseStock(next);  // the device, or this process, is short of something
     if (cancelled) {
       Refuse(make.claim, absl::StatusCode::kCancelled, "cancelled", next);
     } else if (make.claim.urgency == Urgency::kSpeculative || draining_) {
@@ -276,6 +277,7 @@ void Core::Send(SendHandles send, Actions& next) {
       "export-failed session=", send.session.value(),
       " grant=", send.grant.value(), " error=\"", failure.message(), "\""));
   pump_at_ = std::min(pump_at_, Now() + kRetry);
+  ReleaseStock(next);
   auto it = sessions_.find(send.session);
   if (it == sessions_.end() || !it->second.connected) return;
   SessionState& session = it->second;
@@ -305,18 +307,34 @@ void Core::Recycle(const std::string& tenant, std::vector<HandleRef> handles,
                    Actions& actions) {
   if (handles.empty()) return;
   // A page may pass within a tenant as it is; any other is made anew.
-  std::set<Bytes> wanted;
-  for (const Claim& claim : claims_) {
-    if (ledger_.FindSession(claim.session)->tenant == tenant) {
-      wanted.insert(ledger_.FindPool(claim.pool)->geometry.handle_bytes);
-    }
-  }
+  const std::set<Ledger::StockKey> wanted = WantedStock();
+  Bytes room = *options_.max_stock - ledger_.stock();
+  size_t places =
+      options_.max_stocked_handles -
+      std::min(options_.max_stocked_handles, ledger_.stocked_handles());
+  const bool warm =
+      claims_.empty() && !draining_ && ledger_.overdrawn() == Bytes(0);
   std::vector<HandleRef> stock;
   for (HandleRef& handle : handles) {
-    (wanted.contains(handle->size()) ? stock : actions.release)
-        .push_back(std::move(handle));
+    const Bytes size = handle->size();
+    bool kept = wanted.contains({tenant, size});
+    if (!kept && warm && size <= room && places > 0) {
+      kept = true;
+      room -= size;
+      --places;
+    }
+    (kept ? stock : actions.release).push_back(std::move(handle));
   }
-  ledger_.AddStock(tenant, std::move(stock));
+  ledger_.AddStock(tenant, std::move(stock), Now());
+}
+
+std::set<Ledger::StockKey> Core::WantedStock() {
+  std::set<Ledger::StockKey> wanted;
+  for (const Claim& claim : claims_) {
+    wanted.emplace(ledger_.FindSession(claim.session)->tenant,
+                   ledger_.FindPool(claim.pool)->geometry.handle_bytes);
+  }
+  return wanted;
 }
 
 bool Core::IsWindowTight() const {
@@ -347,6 +365,21 @@ void Core::CloseWindow(SessionState& session, uint32_t count,
   // Who has its even part waits for its own peer only.
   if (!was_tight || IsWindowTight()) return;
   for (auto& [id, other] : sessions_) PumpDescriptors(other, actions);
+}
+
+void Core::TrimStock(Actions& actions) {
+  if (ledger_.stock() == Bytes(0)) return;
+  if (claims_.empty()) {
+    if (ledger_.stock() > *options_.max_stock ||
+        ledger_.stocked_handles() > options_.max_stocked_handles ||
+        ledger_.overdrawn() > Bytes(0)) {
+      ReleaseStock(actions);
+    }
+    return;
+  }
+  for (HandleRef& handle : ledger_.TrimStockExcept(WantedStock())) {
+    actions.release.push_back(std::move(handle));
+  }
 }
 
 void Core::ReleaseStock(Actions& actions) {

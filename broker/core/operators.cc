@@ -1,6 +1,7 @@
 // Core: what operators see and set.
 #include <algorithm>
 
+#include "absl/algorithm/container.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
@@ -416,8 +417,18 @@ absl::Status Core::CheckInvariants() {
       return absl::InternalError("core: a claim without its session");
     }
   }
-  if (claims_.empty() && ledger_.stock() > Bytes(0)) {
-    return absl::InternalError("core: stock that nobody waits for");
+  if (claims_.empty() &&
+      (ledger_.stock() > *options_.max_stock ||
+       ledger_.stocked_handles() > options_.max_stocked_handles)) {
+    return absl::InternalError("core: more stock than its bound");
+  }
+  if (!claims_.empty() &&
+      !absl::c_includes(WantedStock(), ledger_.StockKeys())) {
+    return absl::InternalError(
+        "core: stock that nobody waits for, while others do");
+  }
+  if (draining_ && ledger_.stock() > Bytes(0)) {
+    return absl::InternalError("core: stock of a broker that is draining");
   }
   for (const auto& [key, instance] : ledger_.instances()) {
     if (!instances_.contains(key)) {

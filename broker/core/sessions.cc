@@ -102,6 +102,9 @@ absl::StatusOr<std::unique_ptr<Core>> Core::Create(CoreOptions options) {
   if (options.descriptor_window == 0) {
     return Invalid("descriptor_window: must be at least 1; got 0");
   }
+  if (!options.max_stock) {
+    options.max_stock = std::min(Bytes(options.capacity.count() / 16), GiB(1));
+  }
   if (!options.wake) options.wake = [] {};
   if (!options.remember) options.remember = [](bool) {};
   if (!options.log) options.log = [](std::string_view) {};

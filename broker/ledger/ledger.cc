@@ -227,38 +227,77 @@ void Ledger::DropCredit(LedgerInstance& instance, Bytes bytes) {
   credit_ -= bytes;
 }
 
-void Ledger::AddStock(const std::string& tenant,
-                      std::vector<HandleRef> handles) {
+void Ledger::AddStock(const std::string& tenant, std::vector<HandleRef> handles,
+                      absl::Time now) {
   for (HandleRef& handle : handles) {
-    releasing_ -= handle->size();
-    stock_ += handle->size();
-    stocked_[{tenant, handle->size().count()}].push_back(std::move(handle));
+    const Bytes size = handle->size();
+    releasing_ -= size;
+    stock_ += size;
+    ++stocked_handles_;
+    stocked_[{tenant, size}].push_back({std::move(handle), now});
   }
 }
 
 std::vector<HandleRef> Ledger::TakeStock(const std::string& tenant,
                                          Bytes handle_bytes, size_t count) {
   std::vector<HandleRef> taken;
-  auto it = stocked_.find({tenant, handle_bytes.count()});
+  auto it = stocked_.find({tenant, handle_bytes});
   if (it == stocked_.end()) return taken;
-  while (taken.size() < count && !it->second.empty()) {
-    taken.push_back(std::move(it->second.back()));
-    it->second.pop_back();
+  Stock& stock = it->second;
+  while (taken.size() < count && !stock.empty()) {
+    taken.push_back(std::move(stock.back().handle));
+    stock.pop_back();
     stock_ -= handle_bytes;
+    --stocked_handles_;
   }
-  if (it->second.empty()) stocked_.erase(it);
+  if (stock.empty()) stocked_.erase(it);
   return taken;
 }
 
-std::vector<HandleRef> Ledger::TrimStock() {
-  std::vector<HandleRef> all;
-  for (auto& [key, handles] : stocked_) {
-    for (HandleRef& handle : handles) all.push_back(std::move(handle));
+std::vector<HandleRef> Ledger::TrimStock(absl::Time until) {
+  std::vector<HandleRef> trimmed;
+  for (auto& [key, stock] : stocked_) {
+    while (!stock.empty() && stock.front().since <= until) {
+      trimmed.push_back(std::move(stock.front().handle));
+      stock.pop_front();
+    }
   }
-  stocked_.clear();
-  releasing_ += stock_;
-  stock_ = Bytes(0);
-  return all;
+  CountTrimmed(trimmed);
+  return trimmed;
+}
+
+std::vector<HandleRef> Ledger::TrimStockExcept(const std::set<StockKey>& kept) {
+  std::vector<HandleRef> trimmed;
+  for (auto& [key, stock] : stocked_) {
+    if (kept.contains(key)) continue;
+    for (Stocked& stocked : stock) trimmed.push_back(std::move(stocked.handle));
+    stock.clear();
+  }
+  CountTrimmed(trimmed);
+  return trimmed;
+}
+
+void Ledger::CountTrimmed(const std::vector<HandleRef>& trimmed) {
+  const Bytes bytes = SizeOf(trimmed);
+  releasing_ += bytes;
+  stock_ -= bytes;
+  stocked_handles_ -= trimmed.size();
+  std::erase_if(stocked_,
+                [](const auto& entry) { return entry.second.empty(); });
+}
+
+std::set<Ledger::StockKey> Ledger::StockKeys() const {
+  std::set<StockKey> keys;
+  for (const auto& [key, stock] : stocked_) keys.insert(key);
+  return keys;
+}
+
+absl::Time Ledger::oldest_stock() const {
+  absl::Time oldest = absl::InfiniteFuture();
+  for (const auto& [key, stock] : stocked_) {
+    oldest = std::min(oldest, stock.front().since);
+  }
+  return oldest;
 }
 
 void Ledger::BeginRelease(Bytes bytes) { releasing_ += bytes; }
@@ -328,11 +367,19 @@ absl::Status Ledger::CheckInvariants() const {
     }
     credit += instance.credit;
   }
-  for (const auto& [key, handles] : stocked_) {
-    for (const HandleRef& handle : handles) {
+  size_t stocked_handles = 0;
+  for (const auto& [key, entries] : stocked_) {
+    if (entries.empty()) return broken("empty stock is kept");
+    for (const auto& [handle, since] : entries) {
       if (!seen.insert(handle.get()).second) return broken("stock also lent");
+      if (handle->size() != key.second) return broken("stock of another size");
       stock += handle->size();
+      ++stocked_handles;
     }
+  }
+  if (stocked_handles != stocked_handles_) {
+    return broken("stock has ", stocked_handles, " handles, counted are ",
+                  stocked_handles_);
   }
   if (lent != lent_ || adopted != adopted_ || credit != credit_ ||
       stock != stock_) {

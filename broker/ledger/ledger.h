@@ -28,8 +28,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <deque>
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -99,6 +101,7 @@ class Ledger {
  public:
   using InstanceKey = std::pair<std::string, std::string>;  // tenant, name
   using Instances = std::map<InstanceKey, LedgerInstance>;
+  using StockKey = std::pair<std::string, Bytes>;  // tenant, handle's size
 
   explicit Ledger(Bytes capacity) : capacity_(capacity) {}
 
@@ -162,12 +165,17 @@ class Ledger {
   // ---- stock and release ----
 
   // Handles (releasing) wait for a claim of the same tenant and size.
-  void AddStock(const std::string& tenant, std::vector<HandleRef> handles);
-  // Up to `count` handles for a grant; they count with the grant's pages now.
+  // REQUIRES: `now` is not before that of an earlier call.
+  void AddStock(const std::string& tenant, std::vector<HandleRef> handles,
+                absl::Time now);
+  // Up to `count` handles for a grant, those that were added last; they count
+  // with the grant's pages now.
   std::vector<HandleRef> TakeStock(const std::string& tenant,
                                    Bytes handle_bytes, size_t count);
-  // All stock, to be released.
-  std::vector<HandleRef> TrimStock();
+  // Stock that was added at `until` or before, to be released.
+  std::vector<HandleRef> TrimStock(absl::Time until = absl::InfiniteFuture());
+  // Stock of any other tenant and size, to be released.
+  std::vector<HandleRef> TrimStockExcept(const std::set<StockKey>& kept);
   // Handles that count nowhere (taken from stock) are to be released.
   void BeginRelease(Bytes bytes);
   // The driver has these bytes back.
@@ -176,6 +184,11 @@ class Ledger {
   Bytes capacity() const { return capacity_; }
   Bytes lent() const { return lent_; }
   Bytes stock() const { return stock_; }
+  size_t stocked_handles() const { return stocked_handles_; }
+  // Of what tenants and sizes there is some.
+  std::set<StockKey> StockKeys() const;
+  // When the stock's oldest was added; infinite future where there is none.
+  absl::Time oldest_stock() const;
   Bytes releasing() const { return releasing_; }
   Bytes credit() const { return credit_; }
   // Neither lent, set aside nor on its way back to the driver. Stock is not in
@@ -199,8 +212,15 @@ class Ledger {
   absl::Status CheckInvariants() const;
 
  private:
-  using StockKey = std::pair<std::string, int64_t>;  // tenant, handle bytes
+  struct Stocked {
+    HandleRef handle;
+    absl::Time since;
+  };
+  // Its oldest in front.
+  using Stock = std::deque<Stocked>;
 
+  // What was taken out of the stock counts as releasing.
+  void CountTrimmed(const std::vector<HandleRef>& trimmed);
   void Count(LedgerPool& pool, Bytes delta);
   Bytes spoken_for() const { return lent_ + stock_ + releasing_ + credit_; }
 
@@ -210,7 +230,8 @@ class Ledger {
   Instances instances_;
   absl::node_hash_map<SessionId, LedgerSession> sessions_;
   absl::node_hash_map<PoolId, LedgerPool> pools_;
-  std::map<StockKey, std::vector<HandleRef>> stocked_;
+  std::map<StockKey, Stock> stocked_;  // none is empty
+  size_t stocked_handles_ = 0;
 };
 
 // The sum of the handles' sizes.

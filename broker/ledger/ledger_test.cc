@@ -16,6 +16,7 @@ namespace kvbroker {
 namespace {
 
 constexpr Bytes kCapacity = MiB(64);
+const absl::Time kNow = absl::UnixEpoch();
 
 PoolGeometry Geometry(Bytes handle, uint32_t handles = 1,
                       uint32_t max_pages = 16) {
@@ -290,7 +291,7 @@ TEST_F(LedgerDeathTest, CreditIsBoundedByFreeMemoryAndByItself) {
 
 TEST_F(LedgerTest, StockIsKeptByTenantAndSize) {
   PageName page = Lend(pool(2), 0);
-  ledger_.AddStock("t", ledger_.Remove(pool(2), page));
+  ledger_.AddStock("t", ledger_.Remove(pool(2), page), kNow);
   EXPECT_EQ(ledger_.stock(), MiB(3));
   EXPECT_EQ(ledger_.releasing(), Bytes(0));
   EXPECT_EQ(ledger_.free(), kCapacity - MiB(3));
@@ -306,7 +307,7 @@ TEST_F(LedgerTest, StockIsKeptByTenantAndSize) {
 
 TEST_F(LedgerTest, TakenStockCountsAgainWithItsPageOrAsReleasing) {
   PageName page = Lend(pool(1), 0);
-  ledger_.AddStock("t", ledger_.Remove(pool(1), page));
+  ledger_.AddStock("t", ledger_.Remove(pool(1), page), kNow);
   std::vector<HandleRef> taken = ledger_.TakeStock("t", MiB(2), 1);
   EXPECT_EQ(ledger_.free(), kCapacity);
   ledger_.BeginRelease(SizeOf(taken));
@@ -315,10 +316,52 @@ TEST_F(LedgerTest, TakenStockCountsAgainWithItsPageOrAsReleasing) {
   EXPECT_EQ(ledger_.free(), kCapacity);
 }
 
+TEST_F(LedgerTest, StockThatCameLastIsTakenFirstAndTheOldestIsTrimmed) {
+  EXPECT_EQ(ledger_.oldest_stock(), absl::InfiniteFuture());
+  std::vector<const Handle*> handles;
+  for (uint32_t i = 0; i < 4; ++i) {
+    std::vector<HandleRef> removed = ledger_.Remove(pool(1), Lend(pool(1), i));
+    handles.push_back(removed.front().get());
+    ledger_.AddStock("t", std::move(removed), kNow + absl::Seconds(i));
+  }
+  EXPECT_EQ(ledger_.stocked_handles(), 4);
+  EXPECT_EQ(ledger_.oldest_stock(), kNow);
+  std::vector<HandleRef> taken = ledger_.TakeStock("t", MiB(2), 1);
+  EXPECT_EQ(taken.front().get(), handles[3]);
+  std::vector<HandleRef> trimmed = ledger_.TrimStock(kNow + absl::Seconds(1));
+  ASSERT_EQ(trimmed.size(), 2);
+  EXPECT_EQ(trimmed[0].get(), handles[0]);
+  EXPECT_EQ(trimmed[1].get(), handles[1]);
+  EXPECT_EQ(ledger_.stocked_handles(), 1);
+  EXPECT_EQ(ledger_.stock(), MiB(2));
+  EXPECT_EQ(ledger_.releasing(), MiB(4));
+  EXPECT_EQ(ledger_.oldest_stock(), kNow + absl::Seconds(2));
+  ledger_.BeginRelease(SizeOf(taken));
+  Release(std::move(taken));
+  Release(std::move(trimmed));
+  Release(ledger_.TrimStock());
+}
+
+TEST_F(LedgerTest, StockOfOthersIsTrimmed) {
+  for (uint64_t id : {1, 2}) {
+    PageName page = Lend(pool(id), 0);
+    ledger_.AddStock("t", ledger_.Remove(pool(id), page), kNow);
+  }
+  PageName page = Lend(pool(1), 0);
+  ledger_.AddStock("u", ledger_.Remove(pool(1), page), kNow);
+  std::vector<HandleRef> trimmed =
+      ledger_.TrimStockExcept({{"t", MiB(1)}, {"u", MiB(1)}});
+  EXPECT_EQ(SizeOf(trimmed), MiB(4));
+  EXPECT_EQ(ledger_.StockKeys(), (std::set<Ledger::StockKey>{{"t", MiB(1)}}));
+  EXPECT_EQ(ledger_.stock(), MiB(3));
+  Release(std::move(trimmed));
+  Release(ledger_.TrimStock());
+}
+
 TEST_F(LedgerTest, TrimmedStockIsReleasing) {
   for (uint64_t id : {1, 2}) {
     PageName page = Lend(pool(id), 0);
-    ledger_.AddStock("t", ledger_.Remove(pool(id), page));
+    ledger_.AddStock("t", ledger_.Remove(pool(id), page), kNow);
   }
   std::vector<HandleRef> handles = ledger_.TrimStock();
   EXPECT_EQ(handles.size(), 4);
@@ -362,7 +405,7 @@ TEST_F(BrokenLedgerTest, HandleInAPageAndInStock) {
   PageName page = Lend(pool(1), 0);
   HandleRef handle = ledger_.FindPage(pool(1), page)->handles[0];
   ledger_.BeginRelease(MiB(2));
-  ledger_.AddStock("t", {handle});
+  ledger_.AddStock("t", {handle}, kNow);
   ExpectBroken("stock also lent",
                [this] { ledger_.TakeStock("t", MiB(2), 1); });
 }
@@ -453,7 +496,7 @@ class LedgerModelTest : public testing::TestWithParam<uint64_t> {
       for (const HandleRef& handle : handles) {
         stock_.insert({tenant, handle->size()});
       }
-      ledger_.AddStock(tenant, std::move(handles));
+      ledger_.AddStock(tenant, std::move(handles), kNow);
     } else {
       for (HandleRef& handle : handles) {
         releasing_.push_back(std::move(handle));

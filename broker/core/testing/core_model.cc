@@ -87,6 +87,7 @@ CoreModel::CoreModel(Bulk bulk)
     : world_({.capacity = kCapacity,
               // No room for anything that is not on the books.
               .device = kCapacity,
+              .max_stock = Bytes(kCapacity.count() / 4),
               .descriptor_window = 16,
               .bulk_by_hand = bulk == Bulk::kOnExecutor,
               .inline_handles = 2}) {}

@@ -25,6 +25,8 @@ FakeWorld::FakeWorld(Options options)
   core.capacity = options.capacity;
   core.policy = options.policy;
   core.incarnation = 1;
+  core.max_stock = options.max_stock;
+  core.max_stocked_handles = options.max_stocked_handles;
   core.descriptor_window = options.descriptor_window;
   core.remembered = options.remembered;
   core.acknowledge_within = options.acknowledge_within;

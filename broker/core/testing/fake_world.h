@@ -57,6 +57,8 @@ class FakeWorld {
     Bytes capacity = MiB(10);
     Bytes device = GiB(4);
     PolicyConfig policy;
+    std::optional<Bytes> max_stock;  // the core's own where it is not given
+    size_t max_stocked_handles = 4096;
     uint32_t descriptor_window = 4096;
     Remembered remembered;
     absl::Duration acknowledge_within = absl::Seconds(10);
