@@ -85,6 +85,7 @@ class HostBackend : public Backend {
 
   // Also RESOURCE_EXHAUSTED: the machine itself is short of memory.
   absl::StatusOr<Handle> Create(Bytes size) override;
+  // Also UNAVAILABLE: an importer of an earlier export has leased the file.
   absl::StatusOr<UniqueFd> Export(const Handle& handle) override;
 
   // Bytes of this backend's allocations that anybody still references. Memory
@@ -101,7 +102,8 @@ class HostBackend : public Backend {
     bool exported = false;
   };
 
-  HostBackend(BackendInfo info, Bytes keep_available, bool sees_importers);
+  HostBackend(BackendInfo info, Bytes keep_available, UniqueFd own_descriptors,
+              bool sees_importers);
 
   void Release(uint64_t token) override;
 
@@ -117,6 +119,7 @@ class HostBackend : public Backend {
 
   const BackendInfo info_;
   const Bytes keep_available_;
+  const UniqueFd own_descriptors_;  // the folder /proc/self/fd
   const bool sees_importers_;
 
   // Held while lingering allocations are looked through, so that a Create()

@@ -1,6 +1,7 @@
 #include "broker/device/host_backend.h"
 
 #include <fcntl.h>
+#include <signal.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -257,6 +258,17 @@ TEST_F(HostBackendReferencesTest, SurvivesWhoeverOpensTheFileMeanwhile) {
   }
   stop = true;
   opener.join();
+}
+
+TEST_F(HostBackendReferencesTest, AnImportersLeaseDoesNotHoldUpAnExport) {
+  signal(SIGIO, SIG_IGN);  // an open tells the lease's holder, that is us
+  ASSERT_EQ(fcntl(fd_.get(), F_SETLEASE, F_WRLCK), 0);
+  // Not after /proc/sys/fs/lease-break-time, 45 s, when the kernel ends it.
+  EXPECT_EQ(backend_->Export(handle_).status().code(),
+            absl::StatusCode::kUnavailable);
+  fd_.Reset();
+  EXPECT_TRUE(backend_->Export(handle_).ok());
+  signal(SIGIO, SIG_DFL);
 }
 
 TEST(HostBackendTest, WithoutLeasesBytesAreTheCreatorsAlone) {

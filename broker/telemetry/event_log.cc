@@ -10,10 +10,16 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "absl/time/time.h"
 #include "broker/base/unique_fd.h"
 
 namespace kvbroker {
 namespace {
+
+// How long a line waits for others: under load the writer wakes up 200 times a
+// second then, and not for every line.
+constexpr absl::Duration kGather = absl::Milliseconds(5);
 
 constexpr char kPattern[] = "%Y-%m-%dT%H:%M:%S.%e%z %L [%P] %v";
 
@@ -122,6 +128,11 @@ void EventLog::WriteQueued() {
     {
       MutexLock lock(&mu_);
       while (queue_.empty() && !closing_) changed_.Wait(&mu_);
+      closing = closing_;
+    }
+    if (!closing) absl::SleepFor(kGather);
+    {
+      MutexLock lock(&mu_);
       lines.swap(queue_);
       left_out = std::exchange(left_out_, 0);
       closing = closing_;

@@ -56,6 +56,12 @@ void Say(const std::string& line) {
   fflush(stdout);
 }
 
+void FailIfRefused(const BrokerMessage& message) {
+  if (const auto* refused = std::get_if<Refused>(&message)) {
+    Fail(absl::StrCat("refused: ", refused->reason));
+  }
+}
+
 // One session with one pool. One thread acts; the link's threads only queue, as
 // in the client library's session.
 class Engine : public LinkListener {
@@ -115,11 +121,11 @@ class Engine : public LinkListener {
         descriptors.push_back(std::move(fd));
       }
     }
-    BrokerMessage answer = NextMessage();
-    if (const auto* refused = std::get_if<Refused>(&answer)) {
-      Fail(absl::StrCat("refused: ", refused->reason));
+    for (;;) {
+      BrokerMessage answer = NextMessage();
+      if (auto* granted = std::get_if<Granted>(&answer)) return *granted;
+      FailIfRefused(answer);
     }
-    return std::get<Granted>(std::move(answer));
   }
 
   void SayMapped(const Granted& granted) {
@@ -154,11 +160,7 @@ class Engine : public LinkListener {
   Frame NextFrame() {
     MutexLock lock(&mu_);
     while (frames_.empty()) {
-      if (!messages_.empty()) {
-        if (const auto* refused = std::get_if<Refused>(&messages_.front())) {
-          Fail(absl::StrCat("refused: ", refused->reason));
-        }
-      }
+      if (!messages_.empty()) FailIfRefused(messages_.front());
       changed_.Wait(&mu_);
     }
     Frame frame = std::move(frames_.front());
