@@ -38,6 +38,7 @@ _STEAL_SETTLE_SECONDS = 0.005
 _OUTSTANDING = 70_000
 _HOLDER_PAGES = 5_000
 _GRANT_COST_ROUNDS = 5
+_WAITER_PAGES = 65_536
 _IDLE_SECONDS = 10.0
 # CPU that others use, in percent of the machine, above which figures are doubtful.
 _BUSY_PERCENT = 10.0
@@ -169,6 +170,7 @@ class Broker:
                     f"--socket-dir={self.folder}",
                     f"--device-uuid=BENCH-{uuid.uuid4()}",
                     f"--lock-dir={self.folder}",
+                    f"--state-dir={self.folder}",
                     f"--ready-fd={ready_writer}",
                 ],
                 keep_fds=[ready_writer],
@@ -373,12 +375,16 @@ def grant_cost(bench: Bench) -> Figures:
     with contextlib.ExitStack() as stack:
 
         def setting(
-            *holders: tuple[int, int], free_handles: bool = False
+            *holders: tuple[int, int], free_handles: bool = False, waiting: bool = False
         ) -> tuple[Broker, Process]:
-            broker = stack.enter_context(Broker(bench, GIB, free_handles=free_handles))
+            capacity = _WAITER_PAGES * 4 * KIB if waiting else GIB
+            broker = stack.enter_context(Broker(bench, capacity, free_handles=free_handles))
             for i, (sessions, pages) in enumerate(holders):
                 broker.engine("hold", f"holder{i}", sessions, pages)
-            return broker, broker.engine("churn", "churner", 1, 4 * KIB)
+            churner = broker.engine("churn", "churner", 1, 4 * KIB)
+            if waiting:
+                broker.engine("wait", "waiter", _WAITER_PAGES, 0)
+            return broker, churner
 
         settings = {
             "grant_us_at_1_instance": setting(),
@@ -389,6 +395,12 @@ def grant_cost(bench: Bench) -> Figures:
                 *[(1, _HOLDER_PAGES)] * (_OUTSTANDING // _HOLDER_PAGES), free_handles=True
             ),
         }
+        settings["grant_us_while_one_waits_at_2_instances"] = setting(
+            free_handles=True, waiting=True
+        )
+        settings["grant_us_while_one_waits_at_64_instances"] = setting(
+            (62, 1), free_handles=True, waiting=True
+        )
         rounds: dict[str, list[float]] = {name: [] for name in settings}
         for _ in range(_GRANT_COST_ROUNDS):
             for name, (broker, churner) in settings.items():
@@ -454,6 +466,8 @@ ROWS = [
     ("grant_us_at_64_instances", "the same, 64 instances", "us CPU", 1, "<= 1.5 x"),
     ("grant_us_at_100_pages", "the same, 100 pages lent", "us CPU", 1, ""),
     ("grant_us_at_70000_pages", "the same, 70,000 pages lent", "us CPU", 1, "<= 1.5 x"),
+    ("grant_us_while_one_waits_at_2_instances", "the same, another waits, 2", "us CPU", 1, ""),
+    ("grant_us_while_one_waits_at_64_instances", "the same, another waits, 64", "us CPU", 1, ""),
 ]
 
 
@@ -472,7 +486,10 @@ def run(bench: Bench) -> Iterator[Figures]:
         ("a grant's cost beside others", grant_cost),
     ]:
         note(what)
-        yield measure(bench)
+        figures = measure(bench)
+        for key, figure in figures.items():
+            note(f"   {key} {figure:.5g}")
+        yield figures
 
 
 def main() -> int:

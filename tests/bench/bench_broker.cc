@@ -61,6 +61,7 @@ int Run(const std::string& directory, const std::string& capacity) {
 
   BrokerConfig config;
   config.socket_dir = config.lock_dir = directory;
+  config.state_dir = "none";
   config.capacity.bytes = Bytes(bytes);
   BrokerOptions options;
   options.backend =

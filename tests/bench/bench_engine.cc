@@ -7,6 +7,8 @@
 //     handle, says so, unmaps it, gives it back.
 //   bench_engine hold ADDRESS NAME SESSIONS PAGES
 //     Sessions NAME-0, NAME-1, ... hold PAGES pages of 4 KiB each.
+//   bench_engine wait ADDRESS NAME PAGES 0
+//     Asks for so many pages of 4 KiB, more than there are, and waits.
 //   bench_engine steal ADDRESS NAME HANDLE_BYTES TOUCH
 //     Takes a page of one handle when told to, and gives it when asked. TOUCH:
 //     1 writes to all of it once it is mapped, 0 leaves it alone.
@@ -67,7 +69,7 @@ void FailIfRefused(const BrokerMessage& message) {
 class Engine : public LinkListener {
  public:
   Engine(const std::string& address, const std::string& name,
-         const PoolGeometry& geometry)
+         const PoolGeometry& geometry, Bytes min = Bytes(0))
       : geometry_(geometry) {
     absl::StatusOr<std::vector<BrokerAddress>> brokers =
         FindBrokers({.address = address});
@@ -80,6 +82,7 @@ class Engine : public LinkListener {
     open.nonce = link_->nonce();
     open.instance = name;
     open.pools = {geometry};
+    open.min = min;
     link_->Send(open);
     pool_ = std::get<Opened>(NextMessage()).pools.at(0);
   }
@@ -100,8 +103,8 @@ class Engine : public LinkListener {
     if (!leaving_) Fail(absl::StrCat("the broker has gone: ", why.ToString()));
   }
 
-  // Pages [0, count) are acquired, and their descriptors received.
-  Granted AcquirePages(PageCount count, std::vector<UniqueFd>& descriptors) {
+  // Asks for pages [0, count).
+  void Ask(PageCount count, absl::Duration deadline) {
     Acquire acquire;
     acquire.acked = sequence_;
     acquire.sequence = sequence_ = Sequence(sequence_.value() + 1);
@@ -110,8 +113,13 @@ class Engine : public LinkListener {
     for (PageCount i = 0; i < count; ++i) {
       acquire.indexes.push_back(PageIndex(static_cast<uint32_t>(i)));
     }
-    acquire.deadline = kPatience;
+    acquire.deadline = deadline;
     link_->Send(std::move(acquire));
+  }
+
+  // Pages [0, count) are acquired, and their descriptors received.
+  Granted AcquirePages(PageCount count, std::vector<UniqueFd>& descriptors) {
+    Ask(count, kPatience);
     const size_t wanted = count * geometry_.handles_per_page;
     while (descriptors.size() < wanted) {
       Frame frame = NextFrame();
@@ -199,7 +207,9 @@ void Churn(const std::string& address, const std::string& name,
       .handles_per_page = handles,
       .layout = handles == 1 ? Layout::kContiguous : Layout::kPerLayer,
       .max_pages = 1};
-  Engine engine(address, name, geometry);
+  // A guarantee, so that one who waits for more than there is keeps nothing
+  // from it.
+  Engine engine(address, name, geometry, geometry.page_bytes());
   std::unique_ptr<HostMapper> mapper = MapperFor(geometry);
   Say("ready");
   for (std::string line; std::getline(std::cin, line);) {
@@ -241,6 +251,18 @@ void Hold(const std::string& address, const std::string& name, int sessions,
   for (std::string line; std::getline(std::cin, line);) {
   }
   for (auto& engine : engines) engine->Leave();
+}
+
+void Wait(const std::string& address, const std::string& name,
+          PageCount pages) {
+  Engine engine(address, name,
+                {.handle_bytes = Bytes(kSystemPage),
+                 .max_pages = static_cast<uint32_t>(pages)});
+  engine.Ask(pages, absl::Minutes(10));
+  Say("ready");
+  for (std::string line; std::getline(std::cin, line);) {
+  }
+  engine.Leave();
 }
 
 void Steal(const std::string& address, const std::string& name,
@@ -301,6 +323,8 @@ int Run(const std::vector<std::string>& words) {
     Churn(address, name, static_cast<uint32_t>(third), Bytes(fourth));
   } else if (words[1] == "hold") {
     Hold(address, name, static_cast<int>(third), fourth);
+  } else if (words[1] == "wait") {
+    Wait(address, name, third);
   } else if (words[1] == "steal") {
     Steal(address, name, Bytes(third), fourth != 0);
   } else {

@@ -1,4 +1,5 @@
-// What an engine pays for blocks while mapped pages last: no RPC, no allocation.
+// What an engine pays for blocks while mapped pages last: no RPC, no
+// allocation.
 //
 //   bazel run -c opt //tests/bench:pool_benchmark
 #include <algorithm>
