@@ -31,6 +31,8 @@ namespace {
 
 // How long an answer is held back for what it says to be kept on disk.
 constexpr absl::Duration kStateWait = absl::Milliseconds(200);
+// Handles kept for the next claim, each a descriptor.
+constexpr uint64_t kMaxStockedHandles = 4096;
 // For calls that are under way when the broker stops.
 constexpr absl::Duration kStopGrace = absl::Milliseconds(100);
 
@@ -212,6 +214,8 @@ absl::StatusOr<std::unique_ptr<RunningBroker>> RunningBroker::Start(
       .capacity = capacity,
       .policy = config.policy,
       .incarnation = incarnation,
+      .max_stocked_handles =
+          std::min<size_t>(kMaxStockedHandles, descriptor_limit / 8),
       // The kernel counts exported and unread ones of a user against the limit
       // of open files, beyond which nobody gets any.
       .descriptor_window = static_cast<uint32_t>(std::min<uint64_t>(
