@@ -1,6 +1,8 @@
 // Core: who is served and who is asked, now and when time has passed.
 #include <algorithm>
+#include <iterator>
 
+#include "absl/algorithm/container.h"
 #include "absl/container/flat_hash_map.h"
 #include "absl/strings/str_cat.h"
 #include "broker/core/core.h"
@@ -623,10 +625,8 @@ absl::Time Core::RunDue() {
     ExpireInstances(actions);
     ExpireDescriptors(actions);
     if (claims_.empty()) {
-      for (HandleRef& handle :
-           ledger_.TrimStock(Now() - options_.stock_decay)) {
-        actions.release.push_back(std::move(handle));
-      }
+      absl::c_move(ledger_.TrimStock(Now() - options_.stock_decay),
+                   std::back_inserter(actions.release));
     }
     if (Now() >= pump_at_) {
       pump_at_ = absl::InfiniteFuture();

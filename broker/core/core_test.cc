@@ -2132,6 +2132,17 @@ TEST_F(WarmStockTest, GoesWhenTheDeviceIsShort) {
   EXPECT_EQ(b.mapped(), 1);
 }
 
+TEST_F(WarmStockTest, GoesWithTheLastProcessOfItsTenant) {
+  FakeClient& a = StartWith(3, {.name = "a", .tenant = "t"});
+  FakeClient& b = StartWith(1, {.name = "b", .tenant = "t"});
+  StartWith(1, {.name = "c", .tenant = "u"});
+  a.Die();
+  EXPECT_EQ(Stock(), MiB(3));
+  b.Die();
+  EXPECT_EQ(Stock(), Bytes(0));
+  EXPECT_EQ(*world_.device().UsedBytes(), MiB(1));
+}
+
 TEST_F(WarmStockTest, IsNotKeptByABrokerThatDrains) {
   FakeClient& a = StartWith(3, {.name = "a"});
   const std::vector<PageName> pages = a.pages();

@@ -1,8 +1,10 @@
 // Core: the work that is done without the lock: making, exporting and releasing
 // handles, telling peers.
 #include <algorithm>
+#include <iterator>
 #include <set>
 
+#include "absl/algorithm/container.h"
 #include "absl/strings/str_cat.h"
 #include "broker/core/core.h"
 #include "proto/fd_frame.h"
@@ -377,16 +379,13 @@ void Core::TrimStock(Actions& actions) {
     }
     return;
   }
-  for (HandleRef& handle : ledger_.TrimStockExcept(WantedStock())) {
-    actions.release.push_back(std::move(handle));
-  }
+  absl::c_move(ledger_.TrimStockExcept(WantedStock()),
+               std::back_inserter(actions.release));
 }
 
 void Core::ReleaseStock(Actions& actions) {
   if (ledger_.stock() == Bytes(0)) return;
-  for (HandleRef& handle : ledger_.TrimStock()) {
-    actions.release.push_back(std::move(handle));
-  }
+  absl::c_move(ledger_.TrimStock(), std::back_inserter(actions.release));
 }
 
 void Core::PumpDescriptors(SessionState& session, Actions& actions) {

@@ -824,6 +824,16 @@ void Core::EraseSession(SessionId id, std::string_view why, Actions& actions) {
   actions.forgotten.push_back(std::move(state.listener));
   sessions_.erase(id);
   Recycle(tenant, std::move(handles), actions);
+  if (absl::c_none_of(sessions_, [&](const auto& other) {
+        return other.second.peer.tenant == tenant;
+      })) {
+    // Nobody is left who could be given it.
+    std::set<Ledger::StockKey> of_others = ledger_.StockKeys();
+    std::erase_if(of_others,
+                  [&](const auto& stock) { return stock.first == tenant; });
+    absl::c_move(ledger_.TrimStockExcept(of_others),
+                 std::back_inserter(actions.release));
+  }
   LedgerInstance* instance = ledger_.FindInstance(key);
   if (auto* event = Record(HistoryEvent::Kind::kGone, *instance, actions)) {
     event->session = id;
