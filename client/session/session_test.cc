@@ -378,6 +378,8 @@ TEST_F(SessionTest, LeavingWithAGrantOnItsWayReturnsThatToo) {
   EXPECT_FALSE(a.session->left());
   Advance(absl::Seconds(1));
   EXPECT_TRUE(a.session->left());
+  EXPECT_EQ(core_->Snapshot().broker.held, Bytes(0));
+  Advance(absl::Seconds(1));  // the broker's stock decays
   EXPECT_EQ(backend_.live_handles(), 0);
 }
 

@@ -395,8 +395,8 @@ def grant_cost(bench: Bench) -> Figures:
                 *[(1, _HOLDER_PAGES)] * (_OUTSTANDING // _HOLDER_PAGES), free_handles=True
             ),
         }
-        settings["grant_us_while_one_waits_at_2_instances"] = setting(
-            free_handles=True, waiting=True
+        settings["grant_us_while_one_waits_at_3_instances"] = setting(
+            (1, 1), free_handles=True, waiting=True
         )
         settings["grant_us_while_one_waits_at_64_instances"] = setting(
             (62, 1), free_handles=True, waiting=True
@@ -466,7 +466,7 @@ ROWS = [
     ("grant_us_at_64_instances", "the same, 64 instances", "us CPU", 1, "<= 1.5 x"),
     ("grant_us_at_100_pages", "the same, 100 pages lent", "us CPU", 1, ""),
     ("grant_us_at_70000_pages", "the same, 70,000 pages lent", "us CPU", 1, "<= 1.5 x"),
-    ("grant_us_while_one_waits_at_2_instances", "the same, another waits, 2", "us CPU", 1, ""),
+    ("grant_us_while_one_waits_at_3_instances", "the same, another waits, 3", "us CPU", 1, ""),
     ("grant_us_while_one_waits_at_64_instances", "the same, another waits, 64", "us CPU", 1, ""),
 ]
 
