@@ -1058,6 +1058,59 @@ TEST_F(BulkTest, AFailureInMidGrantIsRolledBackAndTriedAgain) {
   EXPECT_EQ(a.mapped(), 20);
 }
 
+// ---- answers ---------------------------------------------------------------
+
+class AnswersTest : public CoreTest {
+ protected:
+  AnswersTest() : CoreTest({.capacity = MiB(300)}) {}
+
+  // Keeps the last grant, and counts.
+  struct Counter : SessionListener {
+    void Tell(BrokerMessage message) override {
+      if (auto* said = std::get_if<Opened>(&message)) opened = *said;
+      if (auto* said = std::get_if<Granted>(&message)) {
+        granted = *said;
+        ++grants;
+      }
+    }
+    void SendDescriptors(GrantId, uint32_t, std::vector<UniqueFd>) override {}
+    void Close(const absl::Status&) override {}
+    Opened opened;
+    Granted granted;
+    int grants = 0;
+  };
+};
+
+TEST_F(AnswersTest, ThatArriveUnsaidAreForgottenOldestFirst) {
+  auto counter = std::make_shared<Counter>();
+  Open open =
+      FakeWorld::OpenOf({.name = "a", .handle = KiB(4), .max_pages = 1 << 17});
+  const SessionId id = *core().OpenSession(
+      {.tenant = "uid:1", .uid = 1, .pid = 7}, open, counter);
+  const PoolId pool = counter->opened.pools[0];
+  constexpr int kAnswers = 12;  // of some 480 KB each
+  for (int i = 1; i <= kAnswers; ++i) {
+    ASSERT_TRUE(core()
+                    .Handle(id, Acquire{.sequence = Sequence(i),
+                                        .pool = pool,
+                                        .want = 60'000,
+                                        .at_least = 60'000})
+                    .ok());
+    ASSERT_EQ(counter->grants, i);
+    ASSERT_TRUE(core().Handle(id, Return{pool, counter->granted.pages}).ok());
+  }
+  auto is_remembered = [&](int sequence) {
+    counter->grants = 0;
+    EXPECT_TRUE(core().Handle(id, Resend{Sequence(sequence)}).ok());
+    return counter->grants == 1;
+  };
+  EXPECT_FALSE(is_remembered(1));
+  EXPECT_FALSE(is_remembered(3));
+  EXPECT_TRUE(is_remembered(kAnswers - 6));
+  EXPECT_TRUE(is_remembered(kAnswers));
+  core().ProcessGone(id);
+}
+
 // ---- quotas ----------------------------------------------------------------
 
 class QuotaTest : public CoreTest {

@@ -7,6 +7,13 @@
 //     steal NONCE    opens with another's nonce (hexadecimal): the status
 //     list           what the admin service shows: the status, or the names
 //     limit NAME     sets the limit of an instance: the status
+//     delete NAME    deletes an instance by force: the status
+//     explain NAME   asks for its explanation: the status
+//     resume SESSION opens to go on from another's session: the status
+//     grab           takes pages, of which it keeps no descriptor, until it is
+//                    refused: the status
+//     bulk PAGES     holds that many pages of 4 KiB, and keeps no descriptor:
+//                    "held"
 //     serve          opens instance "neighbour", takes and returns a page again
 //                    and again: "serving", and at the end of its input how
 //                    often and how long the worst took: "N WORST_US", or what
@@ -21,7 +28,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <string>
+#include <variant>
 #include <vector>
 
 #include "absl/strings/escaping.h"
@@ -60,6 +69,45 @@ std::string Serve(TestSession& session) {
   return absl::StrCat(times, " ", absl::ToInt64Microseconds(worst));
 }
 
+// `which`: "INCARNATION SESSION".
+absl::Status ResumeAnothers(TestSession& session, const std::string& which) {
+  std::optional<Nonce> nonce = session.descriptors().GetNonce();
+  if (!nonce) return absl::UnavailableError("no welcome");
+  Open open = TestSession::OpenOf(*nonce, "resumer");
+  char* rest;
+  const uint64_t incarnation = strtoull(which.c_str(), &rest, 10);
+  open.resuming = Resuming{incarnation, SessionId(strtoull(rest, nullptr, 10))};
+  absl::Status status = session.OpenWith(open);
+  if (!status.ok()) return status;
+  session.Send(Resume{.pool = session.pool(),
+                      .pages = {{PageIndex(0), Generation(1)}},
+                      .last = true});
+  return session.ReadToTheEnd();
+}
+
+absl::Status TakeSmallPages(TestSession& session, uint32_t pages) {
+  std::optional<Nonce> nonce = session.descriptors().GetNonce();
+  if (!nonce) return absl::UnavailableError("no welcome");
+  Open open = TestSession::OpenOf(*nonce, "bulk");
+  open.pools = {{.handle_bytes = KiB(4), .max_pages = 1 << 20}};
+  absl::Status status = session.OpenWith(open);
+  if (!status.ok()) return status;
+  session.SendAcquire(pages, absl::Seconds(60));
+  absl::StatusOr<BrokerMessage> answer = session.Read();
+  if (!answer.ok()) return answer.status();
+  const Granted* granted = std::get_if<Granted>(&*answer);
+  if (granted == nullptr) return absl::UnavailableError("refused");
+  for (uint32_t taken = 0; taken < pages;) {
+    std::optional<DescriptorClient::Frame> frame =
+        session.descriptors().ReadFrame();
+    if (!frame) return absl::DataLossError("no frame");
+    taken += frame->header.handle_count;
+    session.descriptors().Ack(granted->grant, frame->header.handle_count);
+  }
+  session.Send(Mapped{.grant = granted->grant});
+  return absl::OkStatus();
+}
+
 int Run(const std::vector<std::string>& arguments) {
   if (arguments.size() < 5) return 2;
   prctl(PR_SET_PDEATHSIG, SIGKILL);
@@ -95,6 +143,19 @@ int Run(const std::vector<std::string>& arguments) {
                    : names.status().ToString());
   } else if (command == "limit") {
     Say(TestAdmin(address).SetMax(argument, MiB(1)).ToString());
+  } else if (command == "delete") {
+    Say(TestAdmin(address).Delete(argument, /*force=*/true).ToString());
+  } else if (command == "explain") {
+    Say(TestAdmin(address).Explain(argument).status().ToString());
+  } else if (command == "resume") {
+    Say(ResumeAnothers(session, argument).ToString());
+  } else if (command == "grab") {
+    absl::Status status = session.Begin("grabber");
+    while (status.ok()) status = session.Acquire(20).status();
+    Say(status.ToString());
+  } else if (command == "bulk") {
+    absl::Status status = TakeSmallPages(session, atoi(argument.c_str()));
+    Say(status.ok() ? "held" : status.ToString());
   } else if (command == "serve") {
     Say(Serve(session));
   } else if (command == "slow") {

@@ -150,20 +150,22 @@ absl::Status AcceptLoop::TakeDescriptors(UniqueFd socket, PeerIdentity peer) {
 
 void AcceptLoop::LogRefused(const UnixListener& listener,
                             const PeerIdentity& peer, const absl::Status& why) {
+  Refusals& refusals =
+      &listener == &rpc_ ? rpc_refusals_ : descriptor_refusals_;
   const absl::Time now = Clock::Steady().Now();
-  if (now - log_second_ >= absl::Seconds(1)) {
-    log_second_ = now;
-    logged_ = 0;
+  if (now - refusals.second >= absl::Seconds(1)) {
+    refusals.second = now;
+    refusals.logged = 0;
   }
-  if (++logged_ > kRefusalsLoggedPerSecond) {
-    ++left_out_;
+  if (++refusals.logged > kRefusalsLoggedPerSecond) {
+    ++refusals.left_out;
     return;
   }
   std::string line = absl::StrCat(
       "peer-refused uid=", peer.uid, " gid=", peer.gid, " pid=", peer.pid,
       " socket=", listener.path(), " reason=\"", why.message(), "\"");
-  if (left_out_ != 0) {
-    absl::StrAppend(&line, " left_out=", std::exchange(left_out_, 0));
+  if (refusals.left_out != 0) {
+    absl::StrAppend(&line, " left_out=", std::exchange(refusals.left_out, 0));
   }
   options_.log(line);
 }

@@ -76,10 +76,15 @@ class AcceptLoop {
   const UnixListener descriptors_;
   EventLoop::WatchId rpc_watch_;
   EventLoop::WatchId descriptors_watch_;
-  // Refusals logged in the second that began then, and those left out.
-  absl::Time log_second_ = absl::InfinitePast();
-  int logged_ = 0;
-  int left_out_ = 0;
+  // Refusals of one socket logged in the second that began then, and those left
+  // out.
+  struct Refusals {
+    absl::Time second = absl::InfinitePast();
+    int logged = 0;
+    int left_out = 0;
+  };
+  Refusals rpc_refusals_;
+  Refusals descriptor_refusals_;
 };
 
 }  // namespace kvbroker

@@ -12,6 +12,8 @@ namespace kvbroker::client {
 namespace {
 
 // A wish that no try has renewed for so long has nobody behind it.
+// What the broker takes in one Acquire.
+constexpr PageCount kMaxPagesPerClaim = 65536;
 constexpr absl::Duration kWishLife = absl::Seconds(1);
 // How soon a refused wish asks again.
 constexpr absl::Duration kAskAgain = absl::Milliseconds(50);
@@ -36,11 +38,10 @@ absl::StatusOr<std::unique_ptr<Pool>> Pool::Create(
   }
   ASSIGN_OR_RETURN(
       BlockTable table,
-      BlockTable::Create(
-          {.page_bytes = options.geometry.page_bytes(),
-           .block_bytes = options.block_bytes,
-           .max_pages = options.geometry.max_pages,
-           .reserve_null_block = options.reserve_null_block}));
+      BlockTable::Create({.page_bytes = options.geometry.page_bytes(),
+                          .block_bytes = options.block_bytes,
+                          .max_pages = options.geometry.max_pages,
+                          .reserve_null_block = options.reserve_null_block}));
   return std::unique_ptr<Pool>(new Pool(std::move(options), std::move(table),
                                         std::move(mapper), session, clock));
 }
@@ -172,6 +173,7 @@ bool Pool::Reserve(size_t blocks, absl::Duration timeout) {
     if (!connected_) return false;
     // More than the pool has slots for can never be.
     if (missing > options_.geometry.max_pages - held_pages()) return false;
+    if (missing > kMaxPagesPerClaim) return false;
     if (!asked) {
       Question credit;
       credit.sequence = question = session_.NextSequence();
@@ -187,10 +189,9 @@ bool Pool::Reserve(size_t blocks, absl::Duration timeout) {
       acquire.deadline = timeout;
       acquire.credit = true;
       session_.Send(std::move(acquire));
-    } else if (std::none_of(questions_.begin(), questions_.end(),
-                            [&](const Question& q) {
-                              return q.sequence == question;
-                            })) {
+    } else if (std::none_of(
+                   questions_.begin(), questions_.end(),
+                   [&](const Question& q) { return q.sequence == question; })) {
       return false;  // refused, or granted and lapsed
     }
     if (now >= give_up) break;
@@ -240,9 +241,8 @@ PoolUsage Pool::usage() {
   PoolUsage usage;
   usage.idle = page * idle_pages();
   usage.cached = page * static_cast<int64_t>(table_.pages(PageTier::kCached));
-  usage.in_use =
-      page * static_cast<int64_t>(table_.pages(PageState::kBacked)) -
-      usage.idle - usage.cached;
+  usage.in_use = page * static_cast<int64_t>(table_.pages(PageState::kBacked)) -
+                 usage.idle - usage.cached;
   usage.arriving = page * arriving_;
   usage.waiting = page * (wishes_[0].pages + wishes_[1].pages);
   return usage;
@@ -357,8 +357,7 @@ void Pool::OnGranted(const Granted& granted,
       break;
     }
     if (question) {
-      std::set<PageIndex> asked(question->pages.begin(),
-                                question->pages.end());
+      std::set<PageIndex> asked(question->pages.begin(), question->pages.end());
       for (size_t i = 0; i < granted.pages.size(); ++i) {
         wanted[i] = asked.erase(granted.pages[i].index) == 1;
         arriving_ += wanted[i];
@@ -421,10 +420,10 @@ void Pool::OnGranted(const Granted& granted,
 
 void Pool::OnCredit(const Granted& granted) {
   MutexLock lock(&mu_);
-  auto it = std::find_if(
-      questions_.begin(), questions_.end(), [&](const Question& q) {
-        return q.sequence == granted.sequence && q.credit;
-      });
+  auto it = std::find_if(questions_.begin(), questions_.end(),
+                         [&](const Question& q) {
+                           return q.sequence == granted.sequence && q.credit;
+                         });
   if (it == questions_.end()) return;  // said before
   const PageCount credit = std::min(granted.credit, it->at_least);
   questions_.erase(it);
@@ -552,8 +551,8 @@ absl::Time Pool::ObeyOrder(absl::Time now) {
         std::max<PageCount>(held_pages() - order_->hold_at_most, 0);
     pages.resize(static_cast<size_t>(excess));
     const PageCount spare =
-        static_cast<PageCount>(table_.pages(PageTier::kClosed)) +
-        idle_pages() - guarded_pages(now);
+        static_cast<PageCount>(table_.pages(PageTier::kClosed)) + idle_pages() -
+        guarded_pages(now);
     size_t taken = table_.TakeIdle(absl::MakeSpan(pages).subspan(
         0, static_cast<size_t>(std::clamp<PageCount>(spare, 0, excess))));
     if (tier >= Tier::kCached) {
@@ -584,11 +583,11 @@ absl::Time Pool::ObeyOrder(absl::Time now) {
                    static_cast<size_t>(idle_pages() - guarded_pages(now));
     if (tier >= Tier::kCached) later += table_.pages(PageTier::kCached);
     // What was asked for may be granted already, above the target.
-    const bool more_may_come = std::any_of(
-        questions_.begin(), questions_.end(),
-        [](const Question& question) { return !question.credit; });
-    answer.final = answer.kept == 0 ? !more_may_come
-                                    : tier <= Tier::kCached && later == 0;
+    const bool more_may_come =
+        std::any_of(questions_.begin(), questions_.end(),
+                    [](const Question& question) { return !question.credit; });
+    answer.final =
+        answer.kept == 0 ? !more_may_come : tier <= Tier::kCached && later == 0;
     if (answer.kept > 0) answer.reason = later > 0 ? "step running" : "in use";
     send = !answer.given.empty() || answer.final || !order_answered_;
     order_answered_ = true;
@@ -622,8 +621,8 @@ absl::Time Pool::Decay(absl::Time now) {
     if (spare <= 0) return due;
     PageCount over = 0;
     if (options_.max_reserved_pages) {
-      over = std::clamp<PageCount>(
-          idle_pages() - *options_.max_reserved_pages, 0, spare);
+      over = std::clamp<PageCount>(idle_pages() - *options_.max_reserved_pages,
+                                   0, spare);
     }
     const absl::Time oldest = *table_.oldest_idle_since();
     if (over == 0 && oldest > since) {
@@ -662,6 +661,9 @@ absl::Time Pool::Decay(absl::Time now) {
 
 void Pool::Ask(Urgency urgency, PageCount want, PageCount at_least,
                Sequence replaces) {
+  // The rest is asked for by the next try, which misses it.
+  want = std::min(want, kMaxPagesPerClaim);
+  at_least = std::min(at_least, kMaxPagesPerClaim);
   Question question;
   question.pages.resize(static_cast<size_t>(want));
   question.pages.resize(table_.TakeAbsent(absl::MakeSpan(question.pages)));
@@ -761,8 +763,7 @@ absl::Time Pool::SendReport(absl::Time now) {
   MutexLock lock(&mu_);
   // Pages that wait for their wish's next try are as good as in use.
   const PageCount guarded = guarded_pages(now);
-  const absl::Time due =
-      guarded > 0 ? guarded_until_ : absl::InfiniteFuture();
+  const absl::Time due = guarded > 0 ? guarded_until_ : absl::InfiniteFuture();
   if (guarded != reported_guarded_) dirty_ = true;
   if (!dirty_ || !connected_) return due;
   if (now < reported_at_ + kReportEvery) {
@@ -834,7 +835,8 @@ absl::Status Pool::CheckInvariants() {
   MutexLock lock(&mu_);
   RETURN_IF_ERROR(table_.CheckInvariants());
   size_t requested = 0;
-  for (const Question& question : questions_) requested += question.pages.size();
+  for (const Question& question : questions_)
+    requested += question.pages.size();
   if (requested + static_cast<size_t>(arriving_) !=
       table_.pages(PageState::kRequested)) {
     return absl::InternalError(absl::StrCat(

@@ -170,8 +170,25 @@ void Session::Send(ClientMessage message) {
                             : std::min(*unanswered_.begin(), acquire->sequence);
     acquire->acked = Sequence(waiting.value() - 1);
   }
+  std::vector<PageName>* given = nullptr;
+  PoolId pool;
+  if (auto* back = std::get_if<Return>(&message)) {
+    given = &back->pages;
+    pool = back->pool;
+  } else if (auto* answer = std::get_if<ReclaimAnswer>(&message)) {
+    given = &answer->given;
+    pool = answer->pool;
+  }
   MutexLock lock(&link_mu_);
-  if (link_ != nullptr) link_->Send(std::move(message));
+  if (link_ == nullptr) return;
+  // What does not fit goes ahead. No other list grows beyond one message: a
+  // grant has no more pages than fit.
+  while (given != nullptr && given->size() > kPagesPerMessage) {
+    const auto rest = given->end() - static_cast<ptrdiff_t>(kPagesPerMessage);
+    link_->Send(Return{.pool = pool, .pages = {rest, given->end()}});
+    given->erase(rest, given->end());
+  }
+  link_->Send(std::move(message));
 }
 
 void Session::Wake() {

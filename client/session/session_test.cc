@@ -1,5 +1,6 @@
 #include "client/session/session.h"
 
+#include <algorithm>
 #include <memory>
 #include <optional>
 #include <string>
@@ -388,6 +389,53 @@ TEST_F(SessionTest, DestructionAloneLeavesAsWell) {
   EXPECT_TRUE(AskAndAlloc(a.pool(), 3 * kBlocksPerPage));
   engines_.clear();
   EXPECT_EQ(backend_.live_handles(), 0);
+}
+
+// Keeps what is said.
+class SilentLink : public BrokerLink {
+ public:
+  explicit SilentLink(std::vector<ClientMessage>& said) : said_(said) {}
+  void Send(ClientMessage message) override {
+    said_.push_back(std::move(message));
+  }
+  void AcknowledgeDescriptors(GrantId, uint32_t) override {}
+
+ private:
+  std::vector<ClientMessage>& said_;
+};
+
+TEST_F(SessionTest, WhatDoesNotFitIntoOneMessageGoesAheadAsReturn) {
+  std::vector<ClientMessage> said;
+  std::unique_ptr<Session> session = *Session::Create(
+      OnePool("a"),
+      [](const PoolGeometry&) { return std::make_unique<NullMapper>(); },
+      clock_);
+  session->Attach(std::make_unique<SilentLink>(said), Nonce{});
+  PoolSession& pool_session = *session;
+  std::vector<PageName> pages;
+  for (uint32_t i = 0; i < 70'000; ++i) {
+    pages.push_back({PageIndex(i), Generation(i + 1)});
+  }
+  auto check = [&](const ClientMessage& message) {
+    said.clear();
+    pool_session.Send(message);
+    EXPECT_GT(said.size(), 1);
+    EXPECT_EQ(said.back().index(), message.index());
+    std::vector<PageName> given;
+    for (const ClientMessage& part : said) {
+      const auto* back = std::get_if<Return>(&part);
+      const auto* answer = std::get_if<ReclaimAnswer>(&part);
+      ASSERT_TRUE(back != nullptr || answer != nullptr);
+      EXPECT_EQ(back ? back->pool : answer->pool, PoolId(5));
+      const std::vector<PageName>& list = back ? back->pages : answer->given;
+      EXPECT_LE(list.size(), 65536);
+      given.insert(given.end(), list.begin(), list.end());
+    }
+    std::sort(given.begin(), given.end());
+    EXPECT_EQ(given, pages);
+  };
+  check(Return{PoolId(5), pages});
+  check(ReclaimAnswer{.pool = PoolId(5), .given = pages, .final = true});
 }
 
 TEST_F(SessionTest, AProcessThatDiesHoldsNothing) {
