@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import json
 import pathlib
+import re
 import signal
 import sys
 import time
@@ -26,8 +27,8 @@ class Fault:
     """A rule, or several that belong together."""
 
     rules: str
-    # Engines that cannot get in or are thrown out end with an error of their own; else none may.
-    engines_may_fail: bool = False
+    # Connections may be refused or end, and engines come back; else none may.
+    drops: bool = False
     # Limits are set meanwhile, since that is what is saved.
     saves: bool = False
 
@@ -57,19 +58,20 @@ BROKER = [
     Fault("recvmsg=EAGAIN/3"),
     Fault("recvmsg=ENOMEM/5"),
     Fault("recvmsg=ENOBUFS/5"),
-    Fault("send=EAGAIN/2"),
+    Fault("send=EAGAIN#1", drops=True),
     Fault("accept=EMFILE/2"),
     Fault("accept=ENFILE/2"),
     Fault("accept=ENOMEM/3"),
     Fault("accept=ECONNABORTED/2"),
     Fault("accept=EINTR/2"),
-    Fault("duplicate=EMFILE/2"),
-    Fault("epoll_add=ENOMEM/3"),
-    Fault("epoll_add=ENOSPC/4"),
+    Fault("duplicate=EMFILE/2", drops=True),
+    Fault("epoll_add=ENOMEM/3", drops=True),
+    Fault("epoll_add=ENOSPC/2", drops=True),
+    # Engines are thrown out, and cannot be watched as they come back.
+    Fault("recvmsg=ENOMEM/9,epoll_add=ENOMEM/3", drops=True),
     Fault("epoll_wait=EINTR/2"),
     Fault("peer_pidfd=ENOPROTOOPT"),
     Fault("peer_pidfd=ENOPROTOOPT,pidfd_open=EPERM"),
-    Fault("peer_pidfd=EMFILE/2,pidfd_open=EMFILE/2"),
     Fault("state_open=EMFILE", saves=True),
     Fault("state_write=ENOSPC", saves=True),
     Fault("state_write=EIO/2", saves=True),
@@ -95,13 +97,13 @@ ENGINES = [
     Fault("connect=EINTR#1"),
     Fault("recv=EINTR#1"),
     Fault("pidfd_open=EMFILE"),
-    Fault("duplicate=EMFILE/2"),
+    Fault("duplicate=EMFILE/2", drops=True),
 ]
 
 # These begin with the program.
 AT_START = ["eventfd=EMFILE#1", "timerfd=EMFILE#1", "epoll_add=ENOSPC#1", "memfd_create=EMFILE#1"]
 
-NAMES = ("conv", "code")
+NAMES = ("conv", "code", "leaver")
 
 
 class Faults:
@@ -146,38 +148,46 @@ class Faults:
         # One is there before and one comes meanwhile.
         engines = [self._start(NAMES[0])]
         fleet.eventually("the first engine is connected", lambda: not fleet.gone(engines[0].pid))
+        leaver = self._start(NAMES[2])
+        fleet.eventually("the one to leave has memory", lambda: leaver.mapped_bytes() > 0)
+        log = fleet.broker_log()
+        said = log.stat().st_size
         group.set(fault.rules)
         engines.append(self._start(NAMES[1]))
+        self._end(leaver)
         if fault.saves:
             self._set_limit()
         time.sleep(self._run_s)
-        fleet.instances()  # it answers
         self._note(f"{where} {fault.rules}", group, fault.rules)
         group.set("")
+        fleet.eventually("all engines are connected", lambda: all(not fleet.gone(engine.pid) for engine in engines))
         fleet.await_agreement()
+        if not fault.drops:
+            for line in log.read_text()[said:].splitlines():
+                if re.search(r" (session-ended|descriptor-connection-ended|peer-refused) ", line):
+                    raise chaos.ChaosError(f"an engine was dropped: {line}")
         if fault.saves:
             self._check_saved()
         for engine in engines:
-            engine.process.send_signal(signal.SIGTERM)
-        for engine in engines:
-            engine.check_ended_well()
-            fleet.note_exit(engine)
-            fleet.forget(engine)
+            self._end(engine)
         fleet.await_empty(NAMES)
 
     def serves(self) -> None:
         """An engine without failures gets memory."""
         engine = self._start(NAMES[0])
         self._fleet.eventually("a new engine gets memory", lambda: engine.mapped_bytes() > 0)
+        self._end(engine)
+        self._fleet.await_empty(NAMES)
+
+    def _end(self, engine: chaos.Engine) -> None:
         engine.process.send_signal(signal.SIGTERM)
         engine.check_ended_well()
         self._fleet.note_exit(engine)
         self._fleet.forget(engine)
-        self._fleet.await_empty(NAMES)
 
     def _start(self, name: str) -> chaos.Engine:
         return self._fleet.start_engine(
-            name, "--speedup=40", trace=f"builtin:{name}", environment=self._engines.environment()
+            name, "--speedup=40", trace="builtin:code" if name == "code" else "builtin:conv", environment=self._engines.environment()
         )
 
     def _set_limit(self) -> None:
