@@ -173,7 +173,11 @@ DescriptorConnection::Sent DescriptorConnection::TrySend(const Frame& frame) {
   int* fds = reinterpret_cast<int*>(CMSG_DATA(header));
   for (size_t i = 0; i < count; ++i) fds[i] = frame.descriptors[i].get();
 
-  if (sendmsg(socket_.get(), &message, MSG_DONTWAIT | MSG_NOSIGNAL) >= 0) {
+  ssize_t sent;
+  do {
+    sent = sendmsg(socket_.get(), &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+  } while (sent < 0 && errno == EINTR);
+  if (sent >= 0) {
     unacknowledged_ += count;
     return Sent::kYes;
   }

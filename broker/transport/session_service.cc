@@ -213,6 +213,13 @@ class AttachStream final
   }
 
  private:
+  // What the watch of a process and the opening of its session tell each other.
+  struct ProcessExit {
+    Mutex mu;
+    SessionId session ABSL_GUARDED_BY(mu);
+    bool seen ABSL_GUARDED_BY(mu) = false;
+  };
+
   struct Waiting {
     v1::BrokerMessage message;
     size_t size;  // in memory
@@ -292,6 +299,25 @@ class AttachStream final
       MutexLock lock(&mu_);
       descriptors_ = connection;
     }
+    // Watched before there is a session: one whose end nobody would tell us of
+    // must not be. The connection keeps the pidfd open.
+    auto exit = std::make_shared<ProcessExit>();
+    absl::StatusOr<EventLoop::WatchId> watch = options_->loop->WatchOnce(
+        peer.pidfd.get(), EPOLLIN,
+        [core = core_, connection, weak, exit](uint32_t) {
+          SessionId session;
+          {
+            MutexLock lock(&exit->mu);
+            exit->seen = true;
+            session = exit->session;
+          }
+          if (session != SessionId()) core->ProcessGone(session);
+          connection->Close(absl::OkStatus());
+          if (auto stream = weak.lock()) {
+            stream->Abort(absl::UnavailableError("the process has exited"));
+          }
+        });
+    if (!watch.ok()) return watch.status();
     absl::StatusOr<SessionId> session =
         core_->OpenSession({.tenant = peer.tenant,
                             .uid = peer.uid,
@@ -300,7 +326,10 @@ class AttachStream final
                             .process_inode = peer.process_inode},
                            open, shared_from_this());
     // Its end, and that of the descriptor connection, are OnReadDone's.
-    if (!session.ok()) return session.status();
+    if (!session.ok()) {
+      options_->loop->Unwatch(*watch);
+      return session.status();
+    }
     bool hung_up;
     {
       MutexLock lock(&mu_);
@@ -308,22 +337,6 @@ class AttachStream final
       hung_up = hung_up_;
     }
     if (hung_up) core_->HungUp(*session);
-
-    // The connection keeps the pidfd open.
-    absl::StatusOr<EventLoop::WatchId> watch = options_->loop->WatchOnce(
-        peer.pidfd.get(), EPOLLIN,
-        [core = core_, connection, weak, id = *session](uint32_t) {
-          core->ProcessGone(id);
-          connection->Close(absl::OkStatus());
-          if (auto stream = weak.lock()) {
-            stream->Abort(absl::UnavailableError("the process has exited"));
-          }
-        });
-    if (!watch.ok()) {
-      // Nobody would ever tell us of its end.
-      core_->ProcessGone(*session);
-      return watch.status();
-    }
     bool forgotten;
     {
       MutexLock lock(&mu_);
@@ -336,6 +349,14 @@ class AttachStream final
     } else {
       options_->count_session(+1);
     }
+    // Last: it may take the session's count back.
+    bool exited;
+    {
+      MutexLock lock(&exit->mu);
+      exit->session = *session;
+      exited = exit->seen;
+    }
+    if (exited) core_->ProcessGone(*session);
     return absl::OkStatus();
   }
 

@@ -10,11 +10,10 @@
 namespace kvbroker::client {
 namespace {
 
-// Addresses that fault and cost nothing.
-void* Reserve(void* at, size_t bytes) {
-  int fixed = at == nullptr ? 0 : MAP_FIXED;
+// Addresses that fault and cost nothing. `place` says where: 0 for anywhere.
+void* Reserve(void* at, size_t bytes, int place = MAP_FIXED) {
   return mmap(at, bytes, PROT_NONE,
-              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | fixed, -1, 0);
+              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | place, -1, 0);
 }
 
 }  // namespace
@@ -22,7 +21,7 @@ void* Reserve(void* at, size_t bytes) {
 absl::StatusOr<std::unique_ptr<HostMapper>> HostMapper::Create(
     const PoolGeometry& geometry) {
   Bytes total = geometry.page_bytes() * geometry.max_pages;
-  void* base = Reserve(nullptr, static_cast<size_t>(total.count()));
+  void* base = Reserve(nullptr, static_cast<size_t>(total.count()), 0);
   if (base == MAP_FAILED) {
     return ErrnoToStatus(errno, absl::StrCat("reserving ", FormatBytes(total),
                                              " of addresses"));
@@ -88,8 +87,14 @@ absl::Status HostMapper::Unmap(PageIndex page) {
 
 void HostMapper::UnmapHandles(PageIndex page, size_t count) {
   for (size_t i = 0; i < count; ++i) {
-    // Replacing a mapping needs no more mappings than there are: cannot fail.
-    KVB_CHECK(Reserve(AddressOf(page, i), handle_bytes()) != MAP_FAILED);
+    void* const at = AddressOf(page, i);
+    if (Reserve(at, handle_bytes()) != MAP_FAILED) continue;
+    // A process that has all the mappings that it may have (vm.max_map_count)
+    // is refused even one that replaces another. Without the old one there is
+    // room for the new one. Whoever maps something elsewhere in between takes
+    // that room, or even the addresses: then this process cannot go on.
+    KVB_CHECK(munmap(at, handle_bytes()) == 0);
+    KVB_CHECK(Reserve(at, handle_bytes(), MAP_FIXED_NOREPLACE) == at);
   }
 }
 

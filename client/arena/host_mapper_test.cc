@@ -89,5 +89,43 @@ TEST(HostMapperTest, MapsAllHandlesOfAPageOrNone) {
             absl::StatusCode::kInvalidArgument);
 }
 
+// Each page between unmapped ones is a mapping of its own, and beyond
+// vm.max_map_count the kernel refuses even a mapping that replaces another.
+TEST(HostMapperTest, PagesComeAndGoWhereTheProcessMayHaveNoMoreMappings) {
+  const PoolGeometry geometry = {
+      .handle_bytes = KiB(4), .handles_per_page = 2, .max_pages = 1 << 20};
+  auto mapper = *HostMapper::Create(geometry);
+  UniqueFd file = MakeHandle(KiB(4));
+  const auto map = [&](uint32_t page) {
+    std::vector<UniqueFd> handles;
+    handles.push_back(*file.Duplicate());
+    handles.push_back(*file.Duplicate());
+    return mapper->Map(PageIndex(page), std::move(handles));
+  };
+  uint32_t mapped = 0;
+  absl::Status status;
+  while (status.ok()) {
+    if (mapped == 500000) GTEST_SKIP() << "vm.max_map_count is very large here";
+    status = map(2 * mapped);
+    if (status.ok()) ++mapped;
+  }
+  EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted) << status;
+  // The heap may take what is left, too.
+  std::vector<void*> others;
+  for (int protection = PROT_READ;; protection ^= PROT_READ ^ PROT_NONE) {
+    void* one = mmap(nullptr, 4096, protection,
+                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (one == MAP_FAILED) break;
+    others.push_back(one);
+  }
+  EXPECT_FALSE(map(2 * mapped + 2).ok());
+  EXPECT_TRUE(mapper->Unmap(PageIndex(0)).ok());
+  EXPECT_TRUE(mapper->Unmap(PageIndex(2)).ok());
+  for (void* one : others) munmap(one, 4096);
+  for (uint32_t page = 2; page < mapped; ++page) {
+    EXPECT_TRUE(mapper->Unmap(PageIndex(2 * page)).ok());
+  }
+}
+
 }  // namespace
 }  // namespace kvbroker::client

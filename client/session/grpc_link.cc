@@ -70,7 +70,15 @@ absl::Status SayHello(int socket) {
     int fd = self.get();
     memcpy(CMSG_DATA(control), &fd, sizeof(fd));
   }
-  if (sendmsg(socket, &message, MSG_NOSIGNAL) < 0) {
+  while (sendmsg(socket, &message, MSG_NOSIGNAL) < 0) {
+    if (errno == EINTR) continue;
+    // Too many descriptors of this user are under way. Most brokers do not need
+    // this one: the kernel tells them who is there.
+    if (errno == ETOOMANYREFS && message.msg_controllen != 0) {
+      message.msg_control = nullptr;
+      message.msg_controllen = 0;
+      continue;
+    }
     return ErrnoToStatus(errno, "saying hello to the broker");
   }
   return absl::OkStatus();

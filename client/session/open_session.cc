@@ -14,6 +14,10 @@ namespace {
 constexpr absl::Duration kReconnectWithin = absl::Seconds(1);
 // Between attempts while the broker is being restarted.
 constexpr absl::Duration kTryAgain = absl::Milliseconds(20);
+// A broker that is short of descriptors or memory closes a connection just as
+// one that does not admit this user. Whoever is still refused then is not
+// admitted.
+constexpr absl::Duration kBelieveRefusal = absl::Milliseconds(500);
 
 absl::StatusOr<std::unique_ptr<Session>> TryOpenSession(
     const BrokerAddress& address, SessionOptions options,
@@ -49,13 +53,18 @@ absl::StatusOr<std::unique_ptr<Session>> TryOpenSession(
 
 absl::StatusOr<std::unique_ptr<Session>> OpenSession(
     const BrokerAddress& address, SessionOptions options) {
-  const absl::Time give_up = absl::Now() + options.open_timeout;
+  const absl::Time start = absl::Now();
+  const absl::Time give_up = start + options.open_timeout;
   while (true) {
     absl::StatusOr<std::unique_ptr<Session>> session =
         TryOpenSession(address, options, give_up - absl::Now());
     const bool restarting = absl::IsUnavailable(session.status()) ||
                             absl::IsNotFound(session.status());
-    if (!restarting || absl::Now() + kTryAgain >= give_up) return session;
+    const bool may_pass = absl::IsPermissionDenied(session.status()) &&
+                          absl::Now() < start + kBelieveRefusal;
+    if ((!restarting && !may_pass) || absl::Now() + kTryAgain >= give_up) {
+      return session;
+    }
     absl::SleepFor(kTryAgain);
   }
 }

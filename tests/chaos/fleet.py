@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 # Somebody who needs longer than this has hung.
 PATIENCE_S = 60.0
@@ -150,8 +150,10 @@ class Fleet:
     def broker_log(self) -> pathlib.Path:
         return self.folder / f"broker{self.broker_starts}.log"
 
-    def start_broker(self, *flags: str, program: pathlib.Path | None = None) -> None:
-        """Starts one and waits until it is ready."""
+    def start_broker(
+        self, *flags: str, program: pathlib.Path | None = None, environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """Starts one and waits until it is ready. `environment` is added to ours."""
         self.broker_starts += 1
         # Of thousands of starts only the last few logs are of interest.
         if self.broker_starts > 5 and not self._keep:
@@ -167,7 +169,7 @@ class Fleet:
                     *([f"--history-file={self.folder / 'broker.history'}"] if self._recorded else []),
                     *flags,
                 ],
-                stdout=log, stderr=log, pass_fds=[writer],
+                stdout=log, stderr=log, pass_fds=[writer], env={**os.environ, **(environment or {})},
             )
         os.close(writer)
         with os.fdopen(reader, "rb") as ready:
@@ -206,7 +208,10 @@ class Fleet:
 
     # ---- engines ----
 
-    def start_engine(self, name: str, *flags: str, trace: str = "builtin:conv", seed: int = 1) -> Engine:
+    def start_engine(
+        self, name: str, *flags: str, trace: str = "builtin:conv", seed: int = 1,
+        environment: Mapping[str, str] | None = None,
+    ) -> Engine:
         self._started += 1
         log = self.folder / f"{name}.{self._started}.log"
         with log.open("wb") as out:
@@ -215,7 +220,7 @@ class Fleet:
                     self._replay, "--name", name, "--address", self.sockets, "--trace", trace,
                     "--seed", str(seed), "--json", f"--history={log.with_suffix('.history')}", *flags,
                 ],
-                stdout=out, stderr=out,
+                stdout=out, stderr=out, env={**os.environ, **(environment or {})},
             )
         engine = Engine(name, process, log)
         self.engines.append(engine)
@@ -281,6 +286,16 @@ class Fleet:
             raise ChaosError(f"the history breaks a promise: {checked.stdout[:5000]}{checked.stderr}")
         seen: dict[str, object] = json.loads(checked.stdout)
         return {key: seen[key] for key in ("events", "mappings", "passed_on", "orders", "deaths", "unjudged_deaths")}
+
+    def start_over(self) -> None:
+        """After a broken promise: ends all that runs, and nothing of before counts."""
+        for engine in list(self.engines):
+            engine.process.kill()
+            engine.process.wait()
+            self.forget(engine)
+        if self.broker is not None:
+            self.kill_broker()
+        self.forget_history()
 
     def forget_history(self) -> None:
         """What comes next is another one. Between two brokers, with no engine alive."""
