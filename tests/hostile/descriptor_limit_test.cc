@@ -129,7 +129,10 @@ TEST_F(DescriptorLimitTest, ConnectionsThatCannotBeTakenWaitWithoutASpin) {
                               absl::DurationFromTimeval(before.ru_stime);
   EXPECT_LT(used, absl::Milliseconds(250));
   all.clear();
-  EXPECT_TRUE(late->ReadWelcome().has_value()) << "taken as soon as it can be";
+  // Taken as soon as it can be; or dropped, where the first numbers that came
+  // free were too few to look who it is, and then the next attempt is.
+  EXPECT_TRUE(late->ReadWelcome().has_value() ||
+              DescriptorClient(address().descriptor_path).GetNonce());
   EXPECT_TRUE(Has(Log(), "accept-paused"));
 }
 
