@@ -436,6 +436,11 @@ void Core::Arbitrate(Actions& actions) {
       answered = true;
     }
     Apply(plan, waiting.view, snapshot);
+    if (claim.credit && plan.verdict == Plan::Verdict::kGrant) {
+      // Set aside, not lent: the next claims of the instance draw on it.
+      snapshot.pools[waiting.view.pool].held -= plan.pages;
+      credits[waiting.view.instance] += drawn;
+    }
     ask(plan.takes);
     for (const Take& take : plan.takes) {
       const PoolView& giver = snapshot.pools[take.pool];

@@ -63,6 +63,33 @@ TEST_P(CoreModelTest, HoldsForRandomPrograms) {
   EXPECT_GT(statistics.below_share, 0);
 }
 
+// One process of an instance had credit set aside and another drew on it in the
+// same round of decisions: it counted twice, and the instance was asked for
+// pages below its `min`.
+TEST_P(CoreModelTest, CreditThatIsDrawnOnInItsOwnRoundCountsOnce) {
+  const std::vector<Instruction> program = {
+      {Op::kStart, 0, 8891, 3755, 9920},
+      {Op::kStart, 1, 14879, 15581, 3123},
+      {Op::kStart, 2, 13611, 15154, 14697},
+      {Op::kPolicy, 1, 9461, 11670, 4002},
+      {Op::kStart, 3, 1053, 10389, 2111},
+      {Op::kAsk, 3, 1864, 5666, 1775},
+      {Op::kCooperate, 4, 13771, 12888, 6309},
+      {Op::kStart, 4, 13104, 6999, 4214},
+      {Op::kAsk, 1, 8777, 10819, 11202},
+      {Op::kCooperate, 1, 6841, 14900, 991},
+      {Op::kPolicy, 4, 15137, 5770, 401},
+      {Op::kAsk, 2, 4025, 1062, 2747},
+      {Op::kPolicy, 0, 7605, 7796, 1342},
+      {Op::kAsk, 3, 14883, 5028, 16079},
+      {Op::kAsk, 3, 15537, 11165, 11654},
+      {Op::kAsk, 4, 7862, 2593, 12655},
+      {Op::kCooperate, 1, 3853, 6014, 2324},
+      {Op::kDie, 0, 7514, 10910, 1002},
+  };
+  EXPECT_EQ(CoreModel::Run(program, nullptr, GetParam()), absl::OkStatus());
+}
+
 INSTANTIATE_TEST_SUITE_P(Inline, CoreModelTest,
                          testing::Values(CoreModel::Bulk::kInline));
 INSTANTIATE_TEST_SUITE_P(OnExecutor, CoreModelTest,

@@ -65,9 +65,15 @@ class FakeClient::Listener : public SessionListener {
     MutexLock lock(&mu_);
     return std::exchange(queue_, {});
   }
+  // Nobody hears of it after a hang-up: the page stays lent.
   void Returned(PoolId pool, PageName page) {
     MutexLock lock(&mu_);
-    lent_.erase({pool, page});
+    if (!hung_up_) lent_.erase({pool, page});
+  }
+  // The process is gone.
+  void Died() {
+    MutexLock lock(&mu_);
+    lent_.clear();
   }
   // The client may not have heard of it yet.
   bool closed() {
@@ -77,6 +83,7 @@ class FakeClient::Listener : public SessionListener {
   // What was announced without a descriptor does not stay after a hang-up.
   void HungUp() {
     MutexLock lock(&mu_);
+    hung_up_ = true;
     std::erase_if(lent_, [&](const auto& page) {
       mu_.AssertHeld();
       return !sent_.contains(page.second);
@@ -97,6 +104,7 @@ class FakeClient::Listener : public SessionListener {
   Mutex mu_;
   std::deque<Event> queue_ ABSL_GUARDED_BY(mu_);
   bool closed_ ABSL_GUARDED_BY(mu_) = false;
+  bool hung_up_ ABSL_GUARDED_BY(mu_) = false;
   std::set<GrantId> grants_ ABSL_GUARDED_BY(mu_);
   std::set<GrantId> sent_ ABSL_GUARDED_BY(mu_);  // in part at least
   std::map<std::pair<PoolId, PageName>, GrantId> lent_ ABSL_GUARDED_BY(mu_);
@@ -458,9 +466,7 @@ void FakeClient::Die() {
   Drop(Tokens());
   for (Pool& pool : pools_) pool.pages.clear();
   arriving_.clear();
-  for (const auto& [pool, page] : listener_->lent()) {
-    listener_->Returned(pool, page);
-  }
+  listener_->Died();
   core_.ProcessGone(id());
 }
 
