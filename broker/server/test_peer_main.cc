@@ -4,6 +4,8 @@
 //
 //   test_peer RPC_PATH DESCRIPTOR_PATH UID COMMAND [ARGUMENT]
 //     hold PAGES     opens instance "peer", acquires the pages: "held"
+//     fork PAGES     the same, maps them, and has a child that outlives it with
+//                    all that it has: the child's pid
 //     steal NONCE    opens with another's nonce (hexadecimal): the status
 //     list           what the admin service shows: the status, or the names
 //     limit NAME     sets the limit of an instance: the status
@@ -23,7 +25,9 @@
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -108,6 +112,27 @@ absl::Status TakeSmallPages(TestSession& session, uint32_t pages) {
   return absl::OkStatus();
 }
 
+// The child inherits sockets and mappings, and stays until it is killed.
+pid_t MapAndFork(const std::vector<UniqueFd>& handles) {
+  for (const UniqueFd& handle : handles) {
+    struct stat info;
+    if (fstat(handle.get(), &info) != 0 ||
+        mmap(nullptr, static_cast<size_t>(info.st_size), PROT_READ | PROT_WRITE,
+             MAP_SHARED, handle.get(), 0) == MAP_FAILED) {
+      return -1;
+    }
+  }
+  const pid_t child = fork();
+  if (child == 0) {
+    // The descriptors go, the mappings stay; nothing of gRPC is touched.
+    for (const UniqueFd& handle : handles) close(handle.get());
+    close(0);
+    close(1);
+    for (;;) pause();
+  }
+  return child;
+}
+
 int Run(const std::vector<std::string>& arguments) {
   if (arguments.size() < 5) return 2;
   prctl(PR_SET_PDEATHSIG, SIGKILL);
@@ -123,7 +148,7 @@ int Run(const std::vector<std::string>& arguments) {
   const std::string argument = arguments.size() > 5 ? arguments[5] : "";
   TestSession session(address);
   std::vector<UniqueFd> held;
-  if (command == "hold") {
+  if (command == "hold" || command == "fork") {
     absl::Status status = session.Begin("peer");
     if (status.ok()) {
       absl::StatusOr<std::vector<UniqueFd>> handles =
@@ -131,7 +156,12 @@ int Run(const std::vector<std::string>& arguments) {
       status = handles.status();
       if (handles.ok()) held = *std::move(handles);
     }
-    Say(status.ok() ? "held" : status.ToString());
+    if (status.ok() && command == "fork") {
+      Say(absl::StrCat(MapAndFork(held)));
+      held.clear();
+    } else {
+      Say(status.ok() ? "held" : status.ToString());
+    }
   } else if (command == "steal") {
     const std::string bytes(absl::HexStringToBytes(argument));
     Nonce nonce;

@@ -34,9 +34,7 @@ struct Received {
   std::vector<UniqueFd> descriptors;
   bool too_much = false;  // bytes or descriptors were cut off
 
-  std::string_view packet() const {
-    return {bytes, static_cast<size_t>(size)};
-  }
+  std::string_view packet() const { return {bytes, static_cast<size_t>(size)}; }
 };
 
 // size -1 and errno where there is none.
@@ -258,8 +256,8 @@ bool DescriptorConnection::ReadAll() {
       status = TakeHello(packet.packet(), std::move(packet.descriptors));
       state = State::kOffered;
     } else {
-      status = TakeAck(packet.packet(), packet.descriptors.size(),
-                       acknowledged);
+      status =
+          TakeAck(packet.packet(), packet.descriptors.size(), acknowledged);
     }
   }
   if (acknowledged != 0) {

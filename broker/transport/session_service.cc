@@ -317,7 +317,10 @@ class AttachStream final
             stream->Abort(absl::UnavailableError("the process has exited"));
           }
         });
-    if (!watch.ok()) return watch.status();
+    if (!watch.ok()) {
+      return absl::UnavailableError(absl::StrCat(
+          "the process cannot be watched for now: ", watch.status().message()));
+    }
     absl::StatusOr<SessionId> session =
         core_->OpenSession({.tenant = peer.tenant,
                             .uid = peer.uid,

@@ -23,8 +23,8 @@ absl::StatusOr<std::unique_ptr<HostMapper>> HostMapper::Create(
   Bytes total = geometry.page_bytes() * geometry.max_pages;
   void* base = Reserve(nullptr, static_cast<size_t>(total.count()), 0);
   if (base == MAP_FAILED) {
-    return ErrnoToStatus(errno, absl::StrCat("reserving ", FormatBytes(total),
-                                             " of addresses"));
+    return ErrnoToStatus(
+        errno, absl::StrCat("reserving ", FormatBytes(total), " of addresses"));
   }
   return std::unique_ptr<HostMapper>(
       new HostMapper(geometry, static_cast<std::byte*>(base)));
@@ -50,9 +50,9 @@ absl::Status HostMapper::Map(PageIndex page,
                              std::vector<UniqueFd> descriptors) {
   KVB_CHECK(page.value() < geometry_.max_pages);
   if (descriptors.size() != geometry_.handles_per_page) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "map: a page has ", geometry_.handles_per_page, " handles; got ",
-        descriptors.size()));
+    return absl::InvalidArgumentError(
+        absl::StrCat("map: a page has ", geometry_.handles_per_page,
+                     " handles; got ", descriptors.size()));
   }
   for (size_t i = 0; i < descriptors.size(); ++i) {
     struct stat info;

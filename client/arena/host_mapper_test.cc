@@ -82,7 +82,8 @@ TEST(HostMapperTest, MapsAllHandlesOfAPageOrNone) {
   EXPECT_EQ(mapper->Map(PageIndex(1), std::move(handles)).code(),
             absl::StatusCode::kInvalidArgument);
   EXPECT_DEATH(static_cast<void>(*static_cast<volatile std::byte*>(
-                  mapper->region(0) + KiB(4).count())), "");
+                   mapper->region(0) + KiB(4).count())),
+               "");
   handles = MakePage(PerLayer());
   handles.pop_back();
   EXPECT_EQ(mapper->Map(PageIndex(1), std::move(handles)).code(),

@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 # Somebody who needs longer than this has hung.
 PATIENCE_S = 60.0
@@ -210,14 +210,15 @@ class Fleet:
 
     def start_engine(
         self, name: str, *flags: str, trace: str = "builtin:conv", seed: int = 1,
-        environment: Mapping[str, str] | None = None,
+        environment: Mapping[str, str] | None = None, prefix: Sequence[str] = (),
     ) -> Engine:
+        """`prefix`: a command that runs it, such as unshare."""
         self._started += 1
         log = self.folder / f"{name}.{self._started}.log"
         with log.open("wb") as out:
             process = subprocess.Popen(
                 [
-                    self._replay, "--name", name, "--address", self.sockets, "--trace", trace,
+                    *prefix, self._replay, "--name", name, "--address", self.sockets, "--trace", trace,
                     "--seed", str(seed), "--json", f"--history={log.with_suffix('.history')}", *flags,
                 ],
                 stdout=out, stderr=out, env={**os.environ, **(environment or {})},

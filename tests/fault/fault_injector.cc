@@ -57,30 +57,30 @@ namespace {
 
 enum Call {
   kMemfdCreate,
-  kFallocate,   // that fills a memfd; a hole in one can always be made
-  kSeal,        // F_ADD_SEALS
-  kLease,       // F_SETLEASE
-  kLeaseSignal, // F_SETSIG
-  kDuplicate,   // F_DUPFD_CLOEXEC
-  kReopen,      // of /proc/self/fd/N
-  kProcOpen,    // of anything else in /proc
+  kFallocate,    // that fills a memfd; a hole in one can always be made
+  kSeal,         // F_ADD_SEALS
+  kLease,        // F_SETLEASE
+  kLeaseSignal,  // F_SETSIG
+  kDuplicate,    // F_DUPFD_CLOEXEC
+  kReopen,       // of /proc/self/fd/N
+  kProcOpen,     // of anything else in /proc
   kStateOpen,
   kStateWrite,
   kStateFsync,
   kStateRename,
-  kSendmsg,     // with SCM_RIGHTS
-  kSend,        // on a SOCK_SEQPACKET
-  kRecvmsg,     // on a SOCK_SEQPACKET
-  kRecv,        // on a SOCK_SEQPACKET
-  kConnect,     // of a SOCK_SEQPACKET
+  kSendmsg,  // with SCM_RIGHTS
+  kSend,     // on a SOCK_SEQPACKET
+  kRecvmsg,  // on a SOCK_SEQPACKET
+  kRecv,     // on a SOCK_SEQPACKET
+  kConnect,  // of a SOCK_SEQPACKET
   kAccept,
-  kMmap,        // MAP_SHARED of a memfd
-  kReserve,     // mmap of PROT_NONE
+  kMmap,     // MAP_SHARED of a memfd
+  kReserve,  // mmap of PROT_NONE
   kMunmap,
-  kEpollAdd,    // a change or removal of what was added cannot fail
+  kEpollAdd,  // a change or removal of what was added cannot fail
   kEpollWait,
   kPidfdOpen,
-  kPeerPidfd,   // SO_PEERPIDFD
+  kPeerPidfd,  // SO_PEERPIDFD
   kEventfd,
   kTimerfd,
   kRpcSend,
@@ -89,14 +89,12 @@ enum Call {
 };
 
 constexpr const char* kNames[kCalls] = {
-    "memfd_create", "fallocate",   "seal",        "lease",
-    "lease_signal", "duplicate",   "reopen",      "proc_open",
-    "state_open",   "state_write", "state_fsync", "state_rename",
-    "sendmsg",      "send",        "recvmsg",     "recv",
-    "connect",      "accept",      "mmap",        "reserve",
-    "munmap",       "epoll_add",   "epoll_wait",  "pidfd_open",
-    "peer_pidfd",   "eventfd",     "timerfd",     "rpc_send",
-    "rpc_receive",
+    "memfd_create", "fallocate",    "seal",       "lease",       "lease_signal",
+    "duplicate",    "reopen",       "proc_open",  "state_open",  "state_write",
+    "state_fsync",  "state_rename", "sendmsg",    "send",        "recvmsg",
+    "recv",         "connect",      "accept",     "mmap",        "reserve",
+    "munmap",       "epoll_add",    "epoll_wait", "pidfd_open",  "peer_pidfd",
+    "eventfd",      "timerfd",      "rpc_send",   "rpc_receive",
 };
 
 constexpr int kKill = -1;
@@ -170,8 +168,8 @@ Function* Next(Function*, const char* name, std::atomic<void*>& known) {
   if (next == nullptr) known = next = dlsym(RTLD_NEXT, name);
   return reinterpret_cast<Function*>(next);
 }
-#define NEXT(name)                          \
-  static std::atomic<void*> known_##name;   \
+#define NEXT(name)                        \
+  static std::atomic<void*> known_##name; \
   const auto next = Next(&::name, #name, known_##name)
 
 [[noreturn]] void Refuse(const char* rules) {
@@ -207,8 +205,8 @@ bool ParseRule(char* text, Rule& rule) {
       rule.error_name = known.name;
     }
   }
-  const bool only_kill = rule.call == kAny || rule.call == kRpcSend ||
-                         rule.call == kRpcReceive;
+  const bool only_kill =
+      rule.call == kAny || rule.call == kRpcSend || rule.call == kRpcReceive;
   return rule.call >= 0 && rule.error != 0 &&
          (!only_kill || rule.error == kKill) &&
          (rule.error != kTrunc || rule.call == kRecvmsg);
@@ -333,9 +331,9 @@ int Fault(Call call) {
     if (!Chosen(rule) || error != 0) continue;
     error = rule.error;
     char line[96];
-    const int size = snprintf(line, sizeof(line), "%d %s %s\n",
-                              static_cast<int>(getpid()), kNames[call],
-                              rule.error_name);
+    const int size =
+        snprintf(line, sizeof(line), "%d %s %s\n", static_cast<int>(getpid()),
+                 kNames[call], rule.error_name);
     const int saved = errno;
     if (report_fd >= 0) syscall(SYS_write, report_fd, line, size);
     errno = saved;
@@ -433,13 +431,13 @@ int FcntlCall(int command) {
 }  // namespace
 
 // Returns from the function with `result` where the call is chosen to fail.
-#define MAYBE_FAIL(call, condition, result)                               \
-  if (Concerns(call) && FromProgram(__builtin_return_address(0)) &&       \
-      (condition)) {                                                      \
-    if (const int fault = Fault(call); fault != 0) {                      \
-      errno = fault;                                                      \
-      return result;                                                      \
-    }                                                                     \
+#define MAYBE_FAIL(call, condition, result)                         \
+  if (Concerns(call) && FromProgram(__builtin_return_address(0)) && \
+      (condition)) {                                                \
+    if (const int fault = Fault(call); fault != 0) {                \
+      errno = fault;                                                \
+      return result;                                                \
+    }                                                               \
   }
 
 #pragma GCC visibility push(default)

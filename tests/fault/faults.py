@@ -84,7 +84,7 @@ BROKER = [
 ENGINES = [
     Fault("mmap=ENOMEM/5"),
     Fault("mmap=EAGAIN/3"),
-    Fault("reserve=ENOMEM/7"),
+    Fault("reserve=ENOMEM/2"),
     Fault("munmap=ENOMEM"),
     Fault("recvmsg=TRUNC/3"),
     Fault("recvmsg=EINTR/2"),
@@ -157,7 +157,12 @@ class Faults:
         self._end(leaver)
         if fault.saves:
             self._set_limit()
-        time.sleep(self._run_s)
+        time.sleep(self._run_s / 2)
+        if where == "engines":
+            fleet.kvctl("limit", NAMES[0], "2M")  # pages go, and come again
+        time.sleep(self._run_s / 2)
+        if where == "engines":
+            fleet.kvctl("limit", NAMES[0], "48M")
         self._note(f"{where} {fault.rules}", group, fault.rules)
         group.set("")
         fleet.eventually("all engines are connected", lambda: all(not fleet.gone(engine.pid) for engine in engines))
