@@ -38,8 +38,8 @@ absl::StatusOr<UniqueFd> ConnectSocket(const std::string& path,
   setsockopt(socket.get(), SOL_SOCKET, SO_SNDTIMEO, &wait, sizeof(wait));
   if (connect(socket.get(), reinterpret_cast<sockaddr*>(&name), sizeof(name)) !=
       0) {
-    return ErrnoToStatus(errno, absl::StrCat("connecting to the broker at ",
-                                             path));
+    return ErrnoToStatus(errno,
+                         absl::StrCat("connecting to the broker at ", path));
   }
   return socket;
 }
@@ -116,7 +116,8 @@ absl::Status FromGrpc(const grpc::Status& status) {
 
 grpc::ChannelArguments ChannelArguments() {
   grpc::ChannelArguments arguments;
-  // Shared ones remember that an earlier broker went away, and fail for a while.
+  // Shared ones remember that an earlier broker went away, and fail for a
+  // while.
   arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
   return arguments;
 }
@@ -247,9 +248,8 @@ absl::StatusOr<std::unique_ptr<GrpcLink>> GrpcLink::Connect(
   std::unique_ptr<GrpcLink> link(
       new GrpcLink(listener, std::move(socket), nonce));
   link->stream_ = std::make_unique<Stream>(address.rpc_path, listener);
-  link->receiver_ = std::thread([raw = link.get()] {
-    raw->ReceiveDescriptors();
-  });
+  link->receiver_ =
+      std::thread([raw = link.get()] { raw->ReceiveDescriptors(); });
   return link;
 }
 
@@ -257,7 +257,8 @@ GrpcLink::GrpcLink(LinkListener& listener, UniqueFd socket, const Nonce& nonce)
     : listener_(listener), socket_(std::move(socket)), nonce_(nonce) {}
 
 GrpcLink::~GrpcLink() {
-  // The stream first: what was sent before (the last Return) is still delivered.
+  // The stream first: what was sent before (the last Return) is still
+  // delivered.
   stream_.reset();
   shutdown(socket_.get(), SHUT_RDWR);
   if (receiver_.joinable()) receiver_.join();
@@ -271,9 +272,14 @@ void GrpcLink::AcknowledgeDescriptors(GrantId grant, uint32_t count) {
   kvb_fd_ack ack{};
   ack.header = FdHeader(KVB_FD_ACK);
   ack.grant_id = grant.value();
-  ack.handle_count = count;
-  // A failure means that the broker is gone, which the stream tells.
-  static_cast<void>(send(socket_.get(), &ack, sizeof(ack), MSG_NOSIGNAL));
+  ack.handle_count = count + owed_.exchange(0);
+  ssize_t sent;
+  do {
+    sent = send(socket_.get(), &ack, sizeof(ack), MSG_NOSIGNAL);
+  } while (sent < 0 && errno == EINTR);
+  // The kernel is short of memory, or the broker is gone, which the stream
+  // tells. The broker only counts, whichever grant is named.
+  if (sent < 0) owed_ += ack.handle_count;
 }
 
 void GrpcLink::ReceiveDescriptors() {
@@ -288,7 +294,13 @@ void GrpcLink::ReceiveDescriptors() {
     message.msg_controllen = sizeof(ancillary.bytes);
     ssize_t size = recvmsg(socket_.get(), &message, MSG_CMSG_CLOEXEC);
     if (size < 0 && errno == EINTR) continue;
-    if (size <= 0) return;  // the stream tells that the broker is gone
+    if (size <= 0) {
+      // The broker is gone, which the stream tells; or this process is out of
+      // memory. Then the broker must not believe that anybody still reads: it
+      // ends the session with the connection, and the session is resumed.
+      shutdown(socket_.get(), SHUT_RDWR);
+      return;
+    }
     std::vector<UniqueFd> descriptors;
     for (cmsghdr* control = CMSG_FIRSTHDR(&message); control != nullptr;
          control = CMSG_NXTHDR(&message, control)) {
@@ -319,8 +331,7 @@ void GrpcLink::ReceiveDescriptors() {
       AcknowledgeDescriptors(grant, frame->handle_count);
       continue;
     }
-    listener_.OnDescriptors(grant, frame->first_handle,
-                            std::move(descriptors));
+    listener_.OnDescriptors(grant, frame->first_handle, std::move(descriptors));
   }
 }
 

@@ -3,6 +3,8 @@
 #ifndef KVBROKER_CLIENT_SESSION_GRPC_LINK_H_
 #define KVBROKER_CLIENT_SESSION_GRPC_LINK_H_
 
+#include <atomic>
+#include <cstdint>
 #include <memory>
 #include <thread>
 
@@ -40,6 +42,9 @@ class GrpcLink : public BrokerLink {
   LinkListener& listener_;
   const UniqueFd socket_;
   const Nonce nonce_;
+  // Descriptors whose acknowledgement could not be sent; the next one counts
+  // them.
+  std::atomic<uint32_t> owed_ = 0;
   std::unique_ptr<Stream> stream_;
   std::thread receiver_;
 };
