@@ -97,7 +97,6 @@ ENGINES = [
     Fault("connect=EINTR#1"),
     Fault("recv=EINTR#1"),
     Fault("pidfd_open=EMFILE"),
-    Fault("duplicate=EMFILE/2", drops=True),
 ]
 
 # These begin with the program.
