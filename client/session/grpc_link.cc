@@ -86,7 +86,10 @@ absl::Status SayHello(int socket) {
 
 absl::StatusOr<Nonce> AwaitWelcome(int socket) {
   char packet[kFdPacketRoom];
-  ssize_t size = recv(socket, packet, sizeof(packet), 0);
+  ssize_t size;
+  do {
+    size = recv(socket, packet, sizeof(packet), 0);
+  } while (size < 0 && errno == EINTR);
   if (size < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) {
     return absl::DeadlineExceededError("the broker did not answer a hello");
   }
