@@ -86,7 +86,10 @@ absl::Status SayHello(int socket) {
 
 absl::StatusOr<Nonce> AwaitWelcome(int socket) {
   char packet[kFdPacketRoom];
-  ssize_t size = recv(socket, packet, sizeof(packet), 0);
+  ssize_t size;
+  do {
+    size = recv(socket, packet, sizeof(packet), 0);
+  } while (size < 0 && errno == EINTR);
   if (size < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) {
     return absl::DeadlineExceededError("the broker did not answer a hello");
   }
@@ -294,7 +297,13 @@ void GrpcLink::ReceiveDescriptors() {
     message.msg_controllen = sizeof(ancillary.bytes);
     ssize_t size = recvmsg(socket_.get(), &message, MSG_CMSG_CLOEXEC);
     if (size < 0 && errno == EINTR) continue;
-    if (size <= 0) return;  // the stream tells that the broker is gone
+    if (size <= 0) {
+      // The broker is gone, which the stream tells; or this process is out of
+      // memory. Then the broker must not believe that anybody still reads: it
+      // ends the session with the connection, and the session is resumed.
+      shutdown(socket_.get(), SHUT_RDWR);
+      return;
+    }
     std::vector<UniqueFd> descriptors;
     for (cmsghdr* control = CMSG_FIRSTHDR(&message); control != nullptr;
          control = CMSG_NXTHDR(&message, control)) {

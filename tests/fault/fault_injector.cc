@@ -62,7 +62,7 @@ enum Call {
   kLease,        // F_SETLEASE
   kLeaseSignal,  // F_SETSIG
   kDuplicate,    // F_DUPFD_CLOEXEC
-  kReopen,       // of /proc/self/fd/N
+  kReopen,       // of N in /proc/self/fd
   kProcOpen,     // of anything else in /proc
   kStateOpen,
   kStateWrite,
@@ -393,12 +393,14 @@ int OpenCall(int at, const char* path) {
   static constexpr char kOwn[] = "/proc/self/fd/";
   if (strncmp(path, kOwn, strlen(kOwn)) == 0) return kReopen;
   if (strncmp(path, "/proc/", 6) == 0) return kProcOpen;
-  if (state_folder == nullptr) return kCalls;
   if (path[0] == '/') {
-    return strncmp(path, state_folder, strlen(state_folder)) == 0 ? kStateOpen
-                                                                  : kCalls;
+    const bool state = state_folder != nullptr &&
+                       strncmp(path, state_folder, strlen(state_folder)) == 0;
+    return state ? kStateOpen : kCalls;
   }
-  return at != AT_FDCWD && IsState(at) ? kStateOpen : kCalls;
+  if (at == AT_FDCWD) return kCalls;
+  if (IsOf(at, "/proc/")) return kReopen;
+  return IsState(at) ? kStateOpen : kCalls;
 }
 
 bool OpenFails(int at, const char* path, void* caller) {

@@ -56,8 +56,8 @@ BROKER = [
     Fault("sendmsg=EINTR/3"),
     Fault("recvmsg=EINTR/3"),
     Fault("recvmsg=EAGAIN/3"),
-    Fault("recvmsg=ENOMEM/5"),
-    Fault("recvmsg=ENOBUFS/5"),
+    Fault("recvmsg=ENOMEM/5", drops=True),
+    Fault("recvmsg=ENOBUFS/5", drops=True),
     Fault("send=EAGAIN#1", drops=True),
     Fault("accept=EMFILE/2"),
     Fault("accept=ENFILE/2"),
@@ -88,7 +88,7 @@ ENGINES = [
     Fault("munmap=ENOMEM"),
     Fault("recvmsg=TRUNC/3"),
     Fault("recvmsg=EINTR/2"),
-    Fault("recvmsg=ENOMEM/7"),
+    Fault("recvmsg=ENOMEM/7", drops=True),
     Fault("send=EINTR/3"),
     Fault("send=ENOBUFS/3"),
     Fault("send=ENOMEM/5"),
@@ -97,7 +97,6 @@ ENGINES = [
     Fault("connect=EINTR#1"),
     Fault("recv=EINTR#1"),
     Fault("pidfd_open=EMFILE"),
-    Fault("duplicate=EMFILE/2", drops=True),
 ]
 
 # These begin with the program.
