@@ -341,6 +341,10 @@ void RunningBroker::Stop() {
     core_->Drain();
     // Before the sessions end: those who are connected now will come back.
     if (state_keeper_ != nullptr) state_keeper_->Finish();
+    // Those who do not read now have had their time.
+    loop_->RunAt(
+        Clock::Steady().Now() + 2 * kStopGrace,
+        [connections = connections_.get()] { connections->HangUpAll(); });
     server_->Stop(kStopGrace);
     loop_->Stop();
     driver_->Stop();

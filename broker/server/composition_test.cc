@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <chrono>
 #include <cstring>
 #include <filesystem>
 #include <future>
@@ -342,6 +343,25 @@ TEST_F(CompositionTest, AStoppedBrokerLeavesNoSocketsAndEnginesRunOn) {
   Start();
   TestSession next(address());
   EXPECT_TRUE(next.Begin("llama").ok());
+}
+
+TEST_F(CompositionTest, AStoppedEngineDoesNotKeepTheBrokerFromStopping) {
+  Start();
+  TestPeer engine(address(), "hold", "1");
+  ASSERT_EQ(engine.Line(), "held");
+  kill(engine.pid(), SIGSTOP);
+  // More than its socket holds.
+  for (int i = 0; i < 3000; ++i) {
+    ASSERT_TRUE(broker_->core()
+                    .SetPolicy({.name = "peer"}, {.max = MiB(1) + Bytes(i)})
+                    .ok());
+  }
+  std::future<void> stopped =
+      std::async(std::launch::async, [this] { broker_->Stop(); });
+  const bool in_time =
+      stopped.wait_for(std::chrono::seconds(20)) == std::future_status::ready;
+  engine.Kill();
+  EXPECT_TRUE(in_time);
 }
 
 TEST_F(CompositionTest, ABrokerIsIdleWhileNoEngineLives) {

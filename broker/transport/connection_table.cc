@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <sys/socket.h>
 
 #include <algorithm>
 #include <charconv>
@@ -87,6 +88,11 @@ void ConnectionTable::Leave(int number) {
   cooling_.push_back({options_.clock->Now(), number, found->second->uid});
   entries_.erase(found);
   is_cooling_.insert(number);
+}
+
+void ConnectionTable::HangUpAll() const {
+  MutexLock lock(&mu_);
+  for (const auto& [number, peer] : entries_) ::shutdown(number, SHUT_RDWR);
 }
 
 size_t ConnectionTable::size() const {

@@ -74,6 +74,10 @@ class ConnectionTable {
   // The connection with this number has ended. A number without entry is fine.
   void Leave(int number);
 
+  // Hangs up on all that have not left. gRPC does not end a connection while a
+  // write to it is under way, and a peer that is stopped lets it wait for ever.
+  void HangUpAll() const;
+
   // Connections that have entered and not left.
   size_t size() const;
 

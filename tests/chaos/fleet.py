@@ -179,7 +179,10 @@ class Fleet:
     def kill_broker(self, sig: signal.Signals = signal.SIGKILL) -> None:
         assert self.broker is not None
         self.broker.send_signal(sig)
-        self.broker.wait(PATIENCE_S)
+        try:
+            self.broker.wait(PATIENCE_S)
+        except subprocess.TimeoutExpired as error:
+            raise ChaosError(f"the broker does not end after {sig.name}") from error
         self.broker = None
 
     def broker_descriptors(self) -> int:
