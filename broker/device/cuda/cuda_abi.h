@@ -69,7 +69,7 @@ inline constexpr int kAttributeVmm = 102;
 inline constexpr int kAttributePosixDescriptors = 103;
 inline constexpr int kAttributeRdmaWithVmm = 110;
 
-inline constexpr int kAllocationPinned = 1;      // CUmemAllocationType
+inline constexpr int kAllocationPinned = 1;       // CUmemAllocationType
 inline constexpr int kHandlePosixDescriptor = 1;  // CUmemAllocationHandleType
 inline constexpr int kLocationDevice = 1;         // CUmemLocationType
 inline constexpr int kAccessReadWrite = 3;        // CUmemAccess_flags
@@ -182,18 +182,18 @@ inline constexpr unsigned int kNvmlMemoryV2 =
 
 // Required ones first; a driver before 510 has no nvmlDeviceGetMemoryInfo_v2,
 // one before 450 no nvmlDeviceGetMigMode.
-#define KVBROKER_NVML_FUNCTIONS(X)                                           \
-  X(kRequired, nvmlInit, "nvmlInit_v2", void)                                \
-  X(kRequired, nvmlShutdown, "nvmlShutdown", void)                           \
-  X(kRequired, nvmlSystemGetDriverVersion, "nvmlSystemGetDriverVersion",     \
-    char* version, unsigned int size)                                        \
-  X(kRequired, nvmlDeviceGetHandleByUUID, "nvmlDeviceGetHandleByUUID",       \
-    const char* uuid, nvmlDevice_t* device)                                  \
-  X(kRequired, nvmlDeviceGetMemoryInfo, "nvmlDeviceGetMemoryInfo",           \
-    nvmlDevice_t device, nvmlMemory_t* memory)                               \
-  X(kOptional, nvmlDeviceGetMemoryInfo_v2, "nvmlDeviceGetMemoryInfo_v2",     \
-    nvmlDevice_t device, nvmlMemory_v2_t* memory)                            \
-  X(kOptional, nvmlDeviceGetMigMode, "nvmlDeviceGetMigMode",                 \
+#define KVBROKER_NVML_FUNCTIONS(X)                                       \
+  X(kRequired, nvmlInit, "nvmlInit_v2", void)                            \
+  X(kRequired, nvmlShutdown, "nvmlShutdown", void)                       \
+  X(kRequired, nvmlSystemGetDriverVersion, "nvmlSystemGetDriverVersion", \
+    char* version, unsigned int size)                                    \
+  X(kRequired, nvmlDeviceGetHandleByUUID, "nvmlDeviceGetHandleByUUID",   \
+    const char* uuid, nvmlDevice_t* device)                              \
+  X(kRequired, nvmlDeviceGetMemoryInfo, "nvmlDeviceGetMemoryInfo",       \
+    nvmlDevice_t device, nvmlMemory_t* memory)                           \
+  X(kOptional, nvmlDeviceGetMemoryInfo_v2, "nvmlDeviceGetMemoryInfo_v2", \
+    nvmlDevice_t device, nvmlMemory_v2_t* memory)                        \
+  X(kOptional, nvmlDeviceGetMigMode, "nvmlDeviceGetMigMode",             \
     nvmlDevice_t device, unsigned int* current, unsigned int* pending)
 
 }  // namespace kvbroker::cuda

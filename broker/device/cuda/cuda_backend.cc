@@ -34,9 +34,8 @@ absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(
   }
   ASSIGN_OR_RETURN(NvmlDevice nvml, NvmlDevice::Find(*driver, device.uuid));
   ASSIGN_OR_RETURN(NvmlMemory memory, nvml.ReadMemory());
-  return std::unique_ptr<CudaBackend>(
-      new CudaBackend(std::move(driver), std::move(device), nvml, memory.total,
-                      options.rdma));
+  return std::unique_ptr<CudaBackend>(new CudaBackend(
+      std::move(driver), std::move(device), nvml, memory.total, options.rdma));
 }
 
 CudaBackend::CudaBackend(std::unique_ptr<CudaDriver> driver, CudaDevice device,
@@ -75,10 +74,10 @@ absl::StatusOr<Handle> CudaBackend::Create(Bytes size) {
     absl::StatusOr<NvmlMemory> memory = ReadMemory();
     return absl::ResourceExhaustedError(absl::StrCat(
         "the GPU has too little memory left: bytes asked for ", size.count(),
-        memory.ok() ? absl::StrCat(", free ",
-                                   (memory->total - memory->used).count(),
-                                   ", total ", memory->total.count())
-                    : ""));
+        memory.ok()
+            ? absl::StrCat(", free ", (memory->total - memory->used).count(),
+                           ", total ", memory->total.count())
+            : ""));
   }
   RETURN_IF_ERROR(CudaStatusOfDescriptorCall(result, "cuMemCreate"));
   MutexLock lock(&mu_);

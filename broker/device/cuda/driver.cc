@@ -79,9 +79,9 @@ absl::Status CudaDriver::LoadNvml(const std::string& path) {
   KVBROKER_NVML_FUNCTIONS(KVBROKER_FIND)
 #undef KVBROKER_FIND
   constexpr bool kRequired = true, kOptional = false;
-#define KVBROKER_CHECK(need, name, symbol, ...)                               \
-  if (need && nvml_.name == nullptr) {                                        \
-    return absl::FailedPreconditionError(                                     \
+#define KVBROKER_CHECK(need, name, symbol, ...)                             \
+  if (need && nvml_.name == nullptr) {                                      \
+    return absl::FailedPreconditionError(                                   \
         absl::StrCat("NVML at ", path, " is too old: it has no ", symbol)); \
   }
   KVBROKER_NVML_FUNCTIONS(KVBROKER_CHECK)
@@ -98,9 +98,9 @@ absl::Status CudaDriver::LoadNvml(const std::string& path) {
 absl::Status CudaDriver::Require(CudaFunctionGroup wanted) const {
   using enum CudaFunctionGroup;
   const char* missing = nullptr;
-#define KVBROKER_CHECK(group, name, symbol, ...)                     \
+#define KVBROKER_CHECK(group, name, symbol, ...)                        \
   if (group == wanted && cuda_.name == nullptr && missing == nullptr) { \
-    missing = symbol;                                                \
+    missing = symbol;                                                   \
   }
   KVBROKER_CUDA_FUNCTIONS(KVBROKER_CHECK)
 #undef KVBROKER_CHECK

@@ -2,7 +2,8 @@
 //
 //   ASSIGN_OR_RETURN(auto driver, CudaDriver::Load(DriverPaths::Default()));
 //   RETURN_IF_ERROR(driver->Require(CudaFunctionGroup::kVmm));
-//   RETURN_IF_ERROR(CudaStatus(driver->cuda().cuMemRelease(h), "cuMemRelease"));
+//   RETURN_IF_ERROR(CudaStatus(driver->cuda().cuMemRelease(h),
+//   "cuMemRelease"));
 //
 // A program that never calls Load() needs neither library. A symbol that an old
 // driver does not have is a null pointer in the table, and Require() names it.

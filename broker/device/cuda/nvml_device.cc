@@ -8,9 +8,9 @@ absl::StatusOr<NvmlDevice> NvmlDevice::Find(const CudaDriver& driver,
                                             const std::string& uuid) {
   RETURN_IF_ERROR(driver.nvml_status());
   cuda::nvmlDevice_t device = nullptr;
-  RETURN_IF_ERROR(NvmlStatus(
-      driver.nvml().nvmlDeviceGetHandleByUUID(uuid.c_str(), &device),
-      "nvmlDeviceGetHandleByUUID"));
+  RETURN_IF_ERROR(
+      NvmlStatus(driver.nvml().nvmlDeviceGetHandleByUUID(uuid.c_str(), &device),
+                 "nvmlDeviceGetHandleByUUID"));
   return NvmlDevice(driver, device);
 }
 

@@ -50,9 +50,9 @@ absl::StatusOr<CudaDevice> ProbeDevice(const CudaDriver& driver, int index) {
                              "cuDeviceGetUuid"));
   device.uuid = UuidText(uuid);
   std::array<char, 128> name{};
-  RETURN_IF_ERROR(CudaStatus(
-      cuda.cuDeviceGetName(name.data(), name.size(), device.device),
-      "cuDeviceGetName"));
+  RETURN_IF_ERROR(
+      CudaStatus(cuda.cuDeviceGetName(name.data(), name.size(), device.device),
+                 "cuDeviceGetName"));
   device.name = name.data();
   size_t total = 0;
   RETURN_IF_ERROR(CudaStatus(cuda.cuDeviceTotalMem(&total, device.device),
@@ -70,10 +70,10 @@ absl::StatusOr<CudaDevice> ProbeDevice(const CudaDriver& driver, int index) {
   if (device.usable.ok()) {
     const cuda::CUmemAllocationProp prop = AllocationProp(device);
     size_t granularity = 0;
-    RETURN_IF_ERROR(CudaStatus(
-        cuda.cuMemGetAllocationGranularity(&granularity, &prop,
-                                           cuda::kGranularityMinimum),
-        "cuMemGetAllocationGranularity"));
+    RETURN_IF_ERROR(
+        CudaStatus(cuda.cuMemGetAllocationGranularity(
+                       &granularity, &prop, cuda::kGranularityMinimum),
+                   "cuMemGetAllocationGranularity"));
     device.granularity = Bytes(static_cast<int64_t>(granularity));
   }
   return device;
@@ -147,8 +147,8 @@ absl::StatusOr<CudaDevice> ChooseDevice(const std::vector<CudaDevice>& devices,
     return absl::NotFoundError(absl::StrCat("no GPU is called \"", wanted,
                                             "\"; there are ", List(devices)));
   }
-  return absl::InvalidArgumentError(absl::StrCat(
-      "gpu \"", wanted, "\" may be any of ", List(found)));
+  return absl::InvalidArgumentError(
+      absl::StrCat("gpu \"", wanted, "\" may be any of ", List(found)));
 }
 
 }  // namespace kvbroker
