@@ -213,7 +213,8 @@ bool EnterFolder(Fake& f) {
       f.machine->ready = 1;
     }
   }
-  close(fd);  // and with it the flock
+  flock(fd, LOCK_UN);  // The mapping would keep it.
+  close(fd);
   return f.machine != nullptr;
 }
 
