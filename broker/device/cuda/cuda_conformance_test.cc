@@ -37,10 +37,34 @@ std::unique_ptr<CudaBackend> MustMake(const DriverPaths& paths,
   return *std::move(backend);
 }
 
+// Whether this process can look into the device's memory.
+enum class Memory { kVisible, kOnDevice };
+
+class MappedImport : public ImportedHandle {
+ public:
+  MappedImport(std::unique_ptr<CudaImport> import, Bytes size, Memory memory)
+      : import_(std::move(import)), size_(size), memory_(memory) {}
+
+  absl::Span<uint8_t> memory() override {
+    if (memory_ == Memory::kOnDevice) return {};
+    return absl::MakeSpan(
+        reinterpret_cast<uint8_t*>(static_cast<uintptr_t>(import_->address())),
+        static_cast<size_t>(size_.count()));
+  }
+
+ private:
+  const std::unique_ptr<CudaImport> import_;
+  const Bytes size_;
+  const Memory memory_;
+};
+
 class CudaHarness : public BackendHarness {
  public:
-  CudaHarness(std::unique_ptr<CudaBackend> backend, Bytes handle_size)
-      : backend_(std::move(backend)), handle_size_(handle_size) {
+  CudaHarness(std::unique_ptr<CudaBackend> backend, Bytes handle_size,
+              Memory memory)
+      : backend_(std::move(backend)),
+        handle_size_(handle_size),
+        memory_(memory) {
     // The importer's context takes memory of its own: before anything counts.
     KVB_CHECK(cuda().cuDevicePrimaryCtxRetain(&context_, device()) == 0);
     absl::StatusOr<Handle> handle =
@@ -56,75 +80,48 @@ class CudaHarness : public BackendHarness {
   Bytes handle_size() const override { return handle_size_; }
   absl::StatusOr<std::unique_ptr<ImportedHandle>> Import(int fd,
                                                          Bytes size) override {
-    return ImportDevice(fd, size);
+    ASSIGN_OR_RETURN(std::unique_ptr<CudaImport> import,
+                     ImportDevice(fd, size));
+    return std::make_unique<MappedImport>(std::move(import), size, memory_);
   }
 
   absl::StatusOr<std::unique_ptr<CudaImport>> ImportDevice(int fd, Bytes size) {
     return CudaImport::Create(cuda(), context_, device(), fd, size);
   }
 
- protected:
+ private:
   const CudaFunctions& cuda() const { return backend_->driver().cuda(); }
   cuda::CUdevice device() const { return backend_->device().device; }
 
- private:
   const std::unique_ptr<CudaBackend> backend_;
   const Bytes handle_size_;
+  const Memory memory_;
   cuda::CUcontext context_ = nullptr;
 };
 
-// The fake's memory is this process's: the suite can look into it.
-class FakeHarness : public CudaHarness {
- public:
-  explicit FakeHarness(Bytes handle_size)
-      : CudaHarness(FreshBackend(), handle_size) {}
-  ~FakeHarness() override = default;
-
-  absl::StatusOr<std::unique_ptr<ImportedHandle>> Import(int fd,
-                                                         Bytes size) override {
-    ASSIGN_OR_RETURN(std::unique_ptr<CudaImport> import,
-                     ImportDevice(fd, size));
-    return std::make_unique<Visible>(std::move(import), size);
-  }
-
- private:
-  class Visible : public ImportedHandle {
-   public:
-    Visible(std::unique_ptr<CudaImport> import, Bytes size)
-        : import_(std::move(import)), size_(size) {}
-    absl::Span<uint8_t> memory() override {
-      return absl::MakeSpan(reinterpret_cast<uint8_t*>(
-                                static_cast<uintptr_t>(import_->address())),
-                            static_cast<size_t>(size_.count()));
-    }
-
-   private:
-    const std::unique_ptr<CudaImport> import_;
-    const Bytes size_;
-  };
-
-  static std::unique_ptr<CudaBackend> FreshBackend() {
-    setenv("KVBROKER_FAKE_CUDA_TOTAL", std::to_string(MiB(50).count()).c_str(),
-           1);
-    FakeCuda fake = FakeCuda::Open();
-    fake.Reset();
-    return MustMake(fake.paths(), "");
-  }
-};
+std::unique_ptr<CudaHarness> NewFakeHarness(Bytes handle_size) {
+  setenv("KVBROKER_FAKE_CUDA_TOTAL", std::to_string(MiB(50).count()).c_str(),
+         1);
+  FakeCuda fake = FakeCuda::Open();
+  fake.Reset();
+  return std::make_unique<CudaHarness>(MustMake(fake.paths(), ""), handle_size,
+                                       Memory::kVisible);
+}
 
 std::unique_ptr<CudaHarness> NewRealHarness() {
   const char* gpu = std::getenv("KVBROKER_TEST_GPU");
   auto backend = MustMake(DriverPaths::Default(), gpu != nullptr ? gpu : "");
   const Bytes granule = backend->info().granularity;
   const Bytes eighth = granule * (backend->info().total / (granule * 8));
-  return std::make_unique<CudaHarness>(std::move(backend), eighth);
+  return std::make_unique<CudaHarness>(std::move(backend), eighth,
+                                       Memory::kOnDevice);
 }
 
 std::vector<ConformanceParam> Params() {
   if (OnRealGpu()) return {{"gpu", [] { return NewRealHarness(); }}};
   return {
-      {"granule", [] { return std::make_unique<FakeHarness>(MiB(2)); }},
-      {"large", [] { return std::make_unique<FakeHarness>(MiB(6)); }},
+      {"granule", [] { return NewFakeHarness(MiB(2)); }},
+      {"large", [] { return NewFakeHarness(MiB(6)); }},
   };
 }
 
@@ -134,7 +131,7 @@ INSTANTIATE_TEST_SUITE_P(Cuda, BackendConformanceTest,
 // What the suite cannot see of a GPU's memory from the host: by copies.
 TEST(CudaMemoryTest, IsSharedByImportsAndFreshAfterADirtyPredecessor) {
   std::unique_ptr<CudaHarness> harness =
-      OnRealGpu() ? NewRealHarness() : std::make_unique<FakeHarness>(MiB(2));
+      OnRealGpu() ? NewRealHarness() : NewFakeHarness(MiB(2));
   Backend& backend = harness->backend();
   const Bytes size = MiB(2);
   std::vector<uint8_t> zero(size.count()), pattern(size.count()), seen;

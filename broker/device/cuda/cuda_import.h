@@ -10,12 +10,11 @@
 #include "absl/status/statusor.h"
 #include "broker/base/bytes.h"
 #include "broker/base/status_macros.h"
-#include "broker/device/backend_conformance.h"
 #include "broker/device/cuda/driver.h"
 
 namespace kvbroker {
 
-class CudaImport : public ImportedHandle {
+class CudaImport {
  public:
   // `context` is made current for each call; `fd` stays the caller's.
   static absl::StatusOr<std::unique_ptr<CudaImport>> Create(
@@ -27,7 +26,9 @@ class CudaImport : public ImportedHandle {
     return import;
   }
 
-  ~CudaImport() override {
+  CudaImport(const CudaImport&) = delete;
+  CudaImport& operator=(const CudaImport&) = delete;
+  ~CudaImport() {
     Current current(*this);
     if (mapped_) cuda_.cuMemUnmap(address_, size_);
     if (address_ != 0) cuda_.cuMemAddressFree(address_, size_);
