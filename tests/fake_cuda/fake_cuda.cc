@@ -42,7 +42,7 @@ namespace {
 using namespace kvbroker::cuda;  // NOLINT: this file is the interface
 
 constexpr int kMaxDevices = 8;
-constexpr size_t kGranularity = size_t{2} << 20;
+[[maybe_unused]] constexpr size_t kGranularity = size_t{2} << 20;
 constexpr size_t kPage = 4096;
 // What the real driver keeps of the device for itself; in NVML's v1 figures.
 constexpr unsigned long long kReserve = 256ull << 20;
