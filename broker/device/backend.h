@@ -11,9 +11,8 @@
 // A handle's bytes are free again only when every reference is gone: the
 // creator's Handle, every descriptor and every import or mapping made of one.
 //
-// Implementations: `host` (sealed memfds), `cuda`, `cuda_ipc` (a later issue),
-// a fake for unit tests and a decorator that injects faults. All of them pass
-// backend_conformance.h.
+// Implementations: `host` (sealed memfds), `cuda`, a fake for unit tests and a
+// decorator that injects faults. All of them pass backend_conformance.h.
 #ifndef KVBROKER_BROKER_DEVICE_BACKEND_H_
 #define KVBROKER_BROKER_DEVICE_BACKEND_H_
 

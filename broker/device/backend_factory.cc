@@ -4,34 +4,63 @@
 
 #include "absl/strings/str_cat.h"
 #include "broker/base/status_macros.h"
+#include "broker/device/cuda/cuda_backend.h"
 #include "broker/device/host_backend.h"
 
 namespace kvbroker {
 
-absl::StatusOr<ChosenBackend> MakeBackend(const BackendOptions& options) {
-  if (options.name == "cuda" || options.name == "cuda_ipc") {
-    return absl::UnimplementedError(absl::StrCat(
-        "this build has no CUDA backend; use \"host\" instead of \"",
-        options.name, "\""));
-  }
-  if (options.name != "host" && options.name != "auto") {
-    return absl::InvalidArgumentError(
-        absl::StrCat("a backend is one of auto, host, cuda, cuda_ipc; it is \"",
-                     options.name, "\""));
-  }
+namespace {
+
+absl::StatusOr<ChosenBackend> MakeCuda(const BackendOptions& options) {
+  ASSIGN_OR_RETURN(std::unique_ptr<CudaDriver> driver,
+                   CudaDriver::Load(DriverPaths::Default()));
+  ASSIGN_OR_RETURN(
+      std::unique_ptr<CudaBackend> backend,
+      CudaBackend::Create(std::move(driver), {.gpu = options.gpu}));
+  std::string reason = absl::StrCat(
+      "cuda: ", options.name == "cuda" ? "asked for" : "the best here", "; ",
+      backend->device().name, ", driver ",
+      backend->driver().nvidia_version(), ", CUDA ",
+      CudaVersionText(backend->driver().cuda_version()));
+  return ChosenBackend{std::move(backend), std::move(reason)};
+}
+
+absl::StatusOr<ChosenBackend> MakeHost(const BackendOptions& options,
+                                       std::string reason) {
   ASSIGN_OR_RETURN(
       std::unique_ptr<HostBackend> host,
       HostBackend::Create(HostBackendOptions{
           .total = options.total, .device_uuid = options.device_uuid}));
-  std::string reason = options.name == "host"
-                           ? "host: asked for"
-                           : "host: no CUDA backend in this build";
   if (!host->sees_importers()) {
     reason +=
         "; this kernel has no leases on memfds, so bytes count as free as soon "
         "as the broker lets go of them";
   }
   return ChosenBackend{std::move(host), std::move(reason)};
+}
+
+}  // namespace
+
+absl::StatusOr<ChosenBackend> MakeBackend(const BackendOptions& options) {
+  if (options.name == "host") return MakeHost(options, "host: asked for");
+  if (options.name == "cuda") return MakeCuda(options);
+  if (options.name == "auto") {
+    absl::StatusOr<ChosenBackend> cuda = MakeCuda(options);
+    // Which of several is for the operator to say; and who names one wants it.
+    if (cuda.ok() || absl::IsInvalidArgument(cuda.status()) ||
+        !options.gpu.empty()) {
+      return cuda;
+    }
+    return MakeHost(options,
+                    absl::StrCat("host: ", cuda.status().message()));
+  }
+  if (options.name == "cuda_ipc") {
+    return absl::UnimplementedError(
+        "this build has no backend \"cuda_ipc\"; use \"host\" instead");
+  }
+  return absl::InvalidArgumentError(
+      absl::StrCat("a backend is one of auto, host, cuda, cuda_ipc; it is \"",
+                   options.name, "\""));
 }
 
 }  // namespace kvbroker

@@ -13,9 +13,12 @@
 namespace kvbroker {
 
 struct BackendOptions {
-  // "host", or "auto" for the best that this machine has. "cuda" and "cuda_ipc"
-  // are known names, but not part of this build.
+  // "host", "cuda", or "auto": `cuda` where there is a GPU that it can serve,
+  // else `host`. "cuda_ipc" is a known name, but not part of this build.
   std::string name = "auto";
+  // For `cuda`: index or uuid; empty: the only one. With `auto` it means that
+  // there must be one.
+  std::string gpu;
   // For `host`: the device's size and name instead of the machine's own.
   std::optional<Bytes> total;
   std::string device_uuid;
@@ -27,8 +30,10 @@ struct ChosenBackend {
   std::string reason;
 };
 
-// InvalidArgument: no such name (the message lists them), or an option that the
-// backend refuses. Unimplemented: a backend that this build has not.
+// InvalidArgument: no such name (the message lists them), an option that the
+// backend refuses, or several GPUs of which none is named. Unimplemented: a
+// backend that this build has not, or that the GPU cannot have. NotFound,
+// FailedPrecondition: no such GPU, or no driver for it.
 absl::StatusOr<ChosenBackend> MakeBackend(const BackendOptions& options);
 
 }  // namespace kvbroker

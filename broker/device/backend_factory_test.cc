@@ -1,8 +1,10 @@
 #include "broker/device/backend_factory.h"
 
+#include <cstdlib>
 #include <string>
 
 #include "gtest/gtest.h"
+#include "tests/fake_cuda/control.h"
 
 namespace kvbroker {
 namespace {
@@ -17,20 +19,78 @@ TEST(BackendFactoryTest, MakesTheHostBackendByName) {
   EXPECT_EQ(chosen->reason.substr(0, 15), "host: asked for");
 }
 
-TEST(BackendFactoryTest, AutoIsTheHostAndSaysWhy) {
+class BackendFactoryCudaTest : public testing::Test {
+ protected:
+  BackendFactoryCudaTest() {
+    setenv("KVBROKER_CUDA_DRIVER", fake_.paths().cuda.c_str(), 1);
+    setenv("KVBROKER_NVML", fake_.paths().nvml.c_str(), 1);
+    fake_.Reset();
+  }
+  ~BackendFactoryCudaTest() override {
+    for (const char* name :
+         {"KVBROKER_CUDA_DRIVER", "KVBROKER_NVML", "KVBROKER_FAKE_CUDA_DEVICES",
+          "KVBROKER_FAKE_CUDA_VMM"}) {
+      unsetenv(name);
+    }
+    fake_.Reset();
+  }
+  void Set(const char* name, const char* value) {
+    setenv(name, value, 1);
+    fake_.Reset();
+  }
+
+  FakeCuda fake_ = FakeCuda::Open();
+};
+
+TEST_F(BackendFactoryCudaTest, AutoIsTheGpuAndSaysWhichOne) {
+  for (const char* name : {"auto", "cuda"}) {
+    absl::StatusOr<ChosenBackend> chosen = MakeBackend({.name = name});
+    ASSERT_TRUE(chosen.ok()) << chosen.status();
+    EXPECT_EQ(chosen->backend->info().name, "cuda");
+    EXPECT_NE(chosen->reason.find("Fake GPU, driver 580.0.fake, CUDA 13.0"),
+              std::string::npos)
+        << chosen->reason;
+  }
+}
+
+TEST_F(BackendFactoryCudaTest, AutoIsTheHostWhereTheGpuIsTooOldAndSaysWhy) {
+  Set("KVBROKER_FAKE_CUDA_VMM", "0");
   absl::StatusOr<ChosenBackend> chosen = MakeBackend({});
   ASSERT_TRUE(chosen.ok()) << chosen.status();
   EXPECT_EQ(chosen->backend->info().name, "host");
-  EXPECT_NE(chosen->reason.find("no CUDA backend in this build"),
-            std::string::npos);
+  EXPECT_NE(chosen->reason.find("no virtual memory management"),
+            std::string::npos)
+      << chosen->reason;
+  EXPECT_EQ(MakeBackend({.name = "cuda"}).status().code(),
+            absl::StatusCode::kUnimplemented);
+  EXPECT_EQ(MakeBackend({.gpu = "0"}).status().code(),
+            absl::StatusCode::kUnimplemented)
+      << "who names a GPU is not given the host";
 }
 
-TEST(BackendFactoryTest, CudaIsNotInThisBuild) {
-  for (const char* name : {"cuda", "cuda_ipc"}) {
-    absl::StatusOr<ChosenBackend> chosen = MakeBackend({.name = name});
-    EXPECT_EQ(chosen.status().code(), absl::StatusCode::kUnimplemented);
-    EXPECT_NE(chosen.status().message().find(name), absl::string_view::npos);
-  }
+TEST_F(BackendFactoryCudaTest, AutoIsTheHostWhereNoDriverIs) {
+  Set("KVBROKER_CUDA_DRIVER", "/nowhere/libcuda.so.1");
+  absl::StatusOr<ChosenBackend> chosen = MakeBackend({});
+  ASSERT_TRUE(chosen.ok()) << chosen.status();
+  EXPECT_EQ(chosen->backend->info().name, "host");
+  EXPECT_NE(chosen->reason.find("no CUDA driver"), std::string::npos);
+  EXPECT_EQ(MakeBackend({.name = "cuda"}).status().code(),
+            absl::StatusCode::kNotFound);
+}
+
+TEST_F(BackendFactoryCudaTest, OneOfSeveralGpusMustBeNamed) {
+  Set("KVBROKER_FAKE_CUDA_DEVICES", "2");
+  EXPECT_EQ(MakeBackend({}).status().code(),
+            absl::StatusCode::kInvalidArgument);
+  absl::StatusOr<ChosenBackend> chosen = MakeBackend({.gpu = "1"});
+  ASSERT_TRUE(chosen.ok()) << chosen.status();
+  EXPECT_EQ(chosen->backend->info().device_uuid,
+            "GPU-fa6e0000-0000-4000-8000-000000000001");
+}
+
+TEST(BackendFactoryTest, CudaIpcIsNotInThisBuild) {
+  EXPECT_EQ(MakeBackend({.name = "cuda_ipc"}).status().code(),
+            absl::StatusCode::kUnimplemented);
 }
 
 TEST(BackendFactoryTest, AnUnknownNameIsAnsweredWithTheKnownOnes) {

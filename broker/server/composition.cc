@@ -78,6 +78,7 @@ absl::StatusOr<TenantBy> ParseTenantBy(const std::string& name) {
 
 absl::StatusOr<ChosenBackend> ConfiguredBackend(const BrokerConfig& config) {
   BackendOptions options = {.name = config.backend,
+                            .gpu = config.gpu,
                             .device_uuid = config.device_uuid};
   ASSIGN_OR_RETURN(ChosenBackend chosen, MakeBackend(options));
   const BackendInfo& device = chosen.backend->info();

@@ -399,7 +399,7 @@ TEST_F(CompositionTest, WhatIsSetWrongIsNamed) {
   EXPECT_TRUE(Has(
       error([](auto& c) { c.socket_dir = "/tmp/" + std::string(100, 'x'); }),
       "too long"));
-  EXPECT_NE(error([](auto& c) { c.backend = "cuda"; }), "");
+  EXPECT_NE(error([](auto& c) { c.backend = "cuda_ipc"; }), "");
   EXPECT_TRUE(Has(error([](auto& c) { c.gpu = "0"; }), "gpu must be empty"));
 }
 

@@ -1,0 +1,149 @@
+#include "broker/device/cuda/cuda_backend.h"
+
+#include <errno.h>
+#include <fcntl.h>
+
+#include <cstdio>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "broker/base/check.h"
+#include "broker/base/status_macros.h"
+
+namespace kvbroker {
+namespace {
+
+cuda::CUmemAllocationProp PropOf(const CudaDevice& device, bool rdma) {
+  cuda::CUmemAllocationProp prop = AllocationProp(device);
+  prop.allocFlags.gpuDirectRDMACapable = rdma ? 1 : 0;
+  return prop;
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(
+    std::unique_ptr<CudaDriver> driver, const CudaBackendOptions& options) {
+  ASSIGN_OR_RETURN(std::vector<CudaDevice> devices, ProbeDevices(*driver));
+  ASSIGN_OR_RETURN(CudaDevice device, ChooseDevice(devices, options.gpu));
+  RETURN_IF_ERROR(device.usable);
+  if (options.rdma && !device.rdma_with_vmm) {
+    return absl::UnimplementedError(
+        absl::StrCat(device.name, " (", device.uuid,
+                     ") cannot give network cards access to exportable "
+                     "memory; turn the option off"));
+  }
+  ASSIGN_OR_RETURN(NvmlDevice nvml, NvmlDevice::Find(*driver, device.uuid));
+  ASSIGN_OR_RETURN(NvmlMemory memory, nvml.ReadMemory());
+  return std::unique_ptr<CudaBackend>(new CudaBackend(
+      std::move(driver), std::move(device), nvml, memory.total, options.rdma));
+}
+
+CudaBackend::CudaBackend(std::unique_ptr<CudaDriver> driver, CudaDevice device,
+                         NvmlDevice nvml, Bytes total, bool rdma)
+    : driver_(std::move(driver)),
+      device_(std::move(device)),
+      nvml_(nvml),
+      info_{.name = "cuda",
+            .device_uuid = device_.uuid,
+            .total = total,
+            .granularity = device_.granularity},
+      prop_(PropOf(device_, rdma)) {}
+
+CudaBackend::~CudaBackend() {
+  MutexLock lock(&mu_);
+  KVB_CHECK(live_.empty());  // A handle outlives its backend.
+}
+
+absl::StatusOr<Handle> CudaBackend::Create(Bytes size) {
+  if (size <= Bytes(0) || size.count() % info_.granularity.count() != 0) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "a handle's size must be a positive multiple of the granularity, ",
+        info_.granularity.count(), " bytes; asked for ", size.count()));
+  }
+  // The driver has other words for sizes that no device has.
+  if (size > info_.total) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat("no such memory on this GPU: bytes asked for ",
+                     size.count(), ", total ", info_.total.count()));
+  }
+  creates_.fetch_add(1, std::memory_order_relaxed);
+  cuda::CUmemGenericAllocationHandle made = 0;
+  const cuda::CUresult result = driver_->cuda().cuMemCreate(
+      &made, static_cast<size_t>(size.count()), &prop_, 0);
+  if (result == cuda::CUDA_ERROR_OUT_OF_MEMORY) {
+    absl::StatusOr<NvmlMemory> memory = ReadMemory();
+    return absl::ResourceExhaustedError(absl::StrCat(
+        "the GPU has too little memory left: bytes asked for ", size.count(),
+        memory.ok()
+            ? absl::StrCat(", free ", (memory->total - memory->used).count(),
+                           ", total ", memory->total.count())
+            : ""));
+  }
+  RETURN_IF_ERROR(CudaStatusOfDescriptorCall(result, "cuMemCreate"));
+  MutexLock lock(&mu_);
+  const uint64_t token = next_token_++;
+  live_.emplace(token, made);
+  return Handle(this, token, size);
+}
+
+absl::StatusOr<UniqueFd> CudaBackend::Export(const Handle& handle) {
+  cuda::CUmemGenericAllocationHandle made = 0;
+  {
+    MutexLock lock(&mu_);
+    auto it = handle ? live_.find(handle.token()) : live_.end();
+    if (it == live_.end()) {
+      return absl::InvalidArgumentError(
+          "only a live handle of this backend can be exported");
+    }
+    made = it->second;
+  }
+  exports_.fetch_add(1, std::memory_order_relaxed);
+  int number = -1;
+  RETURN_IF_ERROR(CudaStatusOfDescriptorCall(
+      driver_->cuda().cuMemExportToShareableHandle(
+          &number, made, cuda::kHandlePosixDescriptor, 0),
+      "cuMemExportToShareableHandle"));
+  UniqueFd fd(number);
+  if (fcntl(number, F_SETFD, FD_CLOEXEC) != 0) {
+    return ErrnoToStatus(errno, "F_SETFD of an export");
+  }
+  return fd;
+}
+
+absl::StatusOr<NvmlMemory> CudaBackend::ReadMemory() {
+  memory_readings_.fetch_add(1, std::memory_order_relaxed);
+  return nvml_.ReadMemory();
+}
+
+absl::StatusOr<Bytes> CudaBackend::UsedBytes() {
+  ASSIGN_OR_RETURN(NvmlMemory memory, ReadMemory());
+  return memory.used;
+}
+
+void CudaBackend::Release(uint64_t token) {
+  cuda::CUmemGenericAllocationHandle made = 0;
+  {
+    MutexLock lock(&mu_);
+    auto it = live_.find(token);
+    KVB_CHECK(it != live_.end());
+    made = it->second;
+    live_.erase(it);
+  }
+  releases_.fetch_add(1, std::memory_order_relaxed);
+  absl::Status released =
+      CudaStatus(driver_->cuda().cuMemRelease(made), "cuMemRelease");
+  if (released.ok()) return;
+  failed_releases_.fetch_add(1, std::memory_order_relaxed);
+  std::fprintf(stderr, "a handle's memory was not given back: %s\n",
+               std::string(released.message()).c_str());
+}
+
+CudaBackend::Counts CudaBackend::counts() const {
+  return {.creates = creates_.load(std::memory_order_relaxed),
+          .exports = exports_.load(std::memory_order_relaxed),
+          .releases = releases_.load(std::memory_order_relaxed),
+          .failed_releases = failed_releases_.load(std::memory_order_relaxed),
+          .memory_readings = memory_readings_.load(std::memory_order_relaxed)};
+}
+
+}  // namespace kvbroker

@@ -1,0 +1,229 @@
+#include "client/arena/cuda_mapper.h"
+
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "broker/base/check.h"
+#include "broker/base/status_macros.h"
+
+namespace kvbroker::client {
+
+// Makes the mapper's context current in this thread while it lives.
+class CudaMapper::CurrentContext {
+ public:
+  CurrentContext(const CudaFunctions& cuda, cuda::CUcontext context)
+      : cuda_(cuda),
+        status_(
+            CudaStatus(cuda.cuCtxPushCurrent(context), "cuCtxPushCurrent")) {}
+  ~CurrentContext() {
+    cuda::CUcontext popped;
+    if (status_.ok()) cuda_.cuCtxPopCurrent(&popped);
+  }
+  const absl::Status& status() const { return status_; }
+
+ private:
+  const CudaFunctions& cuda_;
+  const absl::Status status_;
+};
+
+absl::StatusOr<std::unique_ptr<CudaMapper>> CudaMapper::Create(
+    const PoolGeometry& geometry, const CudaDriver& driver,
+    std::string_view gpu) {
+  RETURN_IF_ERROR(driver.Require(CudaFunctionGroup::kVmm));
+  RETURN_IF_ERROR(driver.Require(CudaFunctionGroup::kContext));
+  ASSIGN_OR_RETURN(std::vector<CudaDevice> devices, ProbeDevices(driver));
+  ASSIGN_OR_RETURN(CudaDevice device, ChooseDevice(devices, gpu));
+  RETURN_IF_ERROR(device.usable);
+  if (geometry.handle_bytes <= Bytes(0) ||
+      geometry.handle_bytes.count() % device.granularity.count() != 0) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "a pool's handles must be a positive multiple of the GPU's "
+        "granularity, ",
+        device.granularity.count(), " bytes; they are ",
+        geometry.handle_bytes.count()));
+  }
+  std::unique_ptr<CudaMapper> mapper(
+      new CudaMapper(geometry, driver, std::move(device)));
+  RETURN_IF_ERROR(mapper->Start());
+  return mapper;
+}
+
+CudaMapper::CudaMapper(const PoolGeometry& geometry, const CudaDriver& driver,
+                       CudaDevice device)
+    : geometry_(geometry),
+      cuda_(driver.cuda()),
+      device_(std::move(device)),
+      handles_(size_t{geometry.handles_per_page} * geometry.max_pages) {}
+
+absl::Status CudaMapper::Start() {
+  RETURN_IF_ERROR(
+      CudaStatus(cuda_.cuDevicePrimaryCtxRetain(&context_, device_.device),
+                 "cuDevicePrimaryCtxRetain"));
+  CurrentContext current(cuda_, context_);
+  RETURN_IF_ERROR(current.status());
+  absl::Status reserved =
+      CudaStatus(cuda_.cuMemAddressReserve(&base_, range_bytes(), 0, 0, 0),
+                 "cuMemAddressReserve");
+  if (reserved.code() == absl::StatusCode::kResourceExhausted) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat("no range of addresses is left for ",
+                     FormatBytes(geometry_.page_bytes() * geometry_.max_pages),
+                     ": ", reserved.message()));
+  }
+  return reserved;
+}
+
+CudaMapper::~CudaMapper() {
+  if (context_ == nullptr) return;
+  {
+    CurrentContext current(cuda_, context_);
+    for (uint32_t page = 0; page < geometry_.max_pages; ++page) {
+      RollBack(PageIndex(page), geometry_.handles_per_page);
+    }
+    if (base_ != 0) cuda_.cuMemAddressFree(base_, range_bytes());
+    for (cuda::CUevent event : events_) cuda_.cuEventDestroy(event);
+  }
+  cuda_.cuDevicePrimaryCtxRelease(device_.device);
+}
+
+std::byte* CudaMapper::region(size_t handle_of_page) const {
+  return reinterpret_cast<std::byte*>(
+      static_cast<uintptr_t>(AddressOf(PageIndex(0), handle_of_page)));
+}
+
+cuda::CUdeviceptr CudaMapper::AddressOf(PageIndex page, size_t handle) const {
+  return base_ + (handle * geometry_.max_pages + page.value()) * handle_bytes();
+}
+
+void CudaMapper::AddStream(cuda::CUstream stream) {
+  MutexLock lock(&mu_);
+  streams_.push_back(stream);
+}
+
+void CudaMapper::RemoveStream(cuda::CUstream stream) {
+  MutexLock lock(&mu_);
+  std::erase(streams_, stream);
+}
+
+absl::Status CudaMapper::Map(PageIndex page,
+                             std::vector<UniqueFd> descriptors) {
+  KVB_CHECK(page.value() < geometry_.max_pages);
+  if (descriptors.size() != geometry_.handles_per_page) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("map: a page has ", geometry_.handles_per_page,
+                     " handles; got ", descriptors.size()));
+  }
+  CurrentContext current(cuda_, context_);
+  RETURN_IF_ERROR(current.status());
+  for (size_t i = 0; i < descriptors.size(); ++i) {
+    absl::Status mapped = MapHandle(page, i, descriptors[i].get());
+    // The import is a reference of its own, and descriptors are scarce.
+    descriptors[i].Reset();
+    if (!mapped.ok()) {
+      RollBack(page, i + 1);
+      return mapped;
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CudaMapper::MapHandle(PageIndex page, size_t handle,
+                                   int descriptor) {
+  MappedHandle& mine = at(page, handle);
+  KVB_CHECK(!mine.mapped);
+  // What an earlier Unmap could not release.
+  if (mine.imported) RETURN_IF_ERROR(ReleaseHandle(page, handle));
+  RETURN_IF_ERROR(CudaStatusOfDescriptorCall(
+      cuda_.cuMemImportFromShareableHandle(
+          &mine.import,
+          reinterpret_cast<void*>(static_cast<intptr_t>(descriptor)),
+          cuda::kHandlePosixDescriptor),
+      "cuMemImportFromShareableHandle"));
+  mine.imported = true;
+  return MapImport(page, handle);
+}
+
+absl::Status CudaMapper::MapImport(PageIndex page, size_t handle) {
+  MappedHandle& mine = at(page, handle);
+  const cuda::CUdeviceptr address = AddressOf(page, handle);
+  RETURN_IF_ERROR(CudaStatusOfDescriptorCall(
+      cuda_.cuMemMap(address, handle_bytes(), 0, mine.import, 0), "cuMemMap"));
+  mine.mapped = true;
+  const cuda::CUmemAccessDesc access = {
+      .location = {.type = cuda::kLocationDevice, .id = device_.device},
+      .flags = cuda::kAccessReadWrite};
+  return CudaStatus(cuda_.cuMemSetAccess(address, handle_bytes(), &access, 1),
+                    "cuMemSetAccess");
+}
+
+absl::Status CudaMapper::UnmapHandle(PageIndex page, size_t handle) {
+  MappedHandle& mine = at(page, handle);
+  if (!mine.mapped) return absl::OkStatus();
+  RETURN_IF_ERROR(CudaStatus(
+      cuda_.cuMemUnmap(AddressOf(page, handle), handle_bytes()), "cuMemUnmap"));
+  mine.mapped = false;
+  return absl::OkStatus();
+}
+
+absl::Status CudaMapper::ReleaseHandle(PageIndex page, size_t handle) {
+  MappedHandle& mine = at(page, handle);
+  if (!mine.imported) return absl::OkStatus();
+  RETURN_IF_ERROR(CudaStatus(cuda_.cuMemRelease(mine.import), "cuMemRelease"));
+  mine.imported = false;
+  return absl::OkStatus();
+}
+
+void CudaMapper::RollBack(PageIndex page, size_t count) {
+  for (size_t i = 0; i < count; ++i) {
+    if (UnmapHandle(page, i).ok()) ReleaseHandle(page, i).IgnoreError();
+  }
+}
+
+absl::Status CudaMapper::WaitForStreams() {
+  size_t recorded = 0;
+  {
+    MutexLock lock(&mu_);
+    for (cuda::CUstream stream : streams_) {
+      if (recorded == events_.size()) {
+        cuda::CUevent event = nullptr;
+        RETURN_IF_ERROR(CudaStatus(
+            cuda_.cuEventCreate(
+                &event, cuda::kEventBlockingSync | cuda::kEventDisableTiming),
+            "cuEventCreate"));
+        events_.push_back(event);
+      }
+      RETURN_IF_ERROR(CudaStatus(cuda_.cuEventRecord(events_[recorded], stream),
+                                 "cuEventRecord"));
+      ++recorded;
+    }
+  }
+  for (size_t i = 0; i < recorded; ++i) {
+    RETURN_IF_ERROR(
+        CudaStatus(cuda_.cuEventSynchronize(events_[i]), "cuEventSynchronize"));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CudaMapper::Unmap(PageIndex page) {
+  CurrentContext current(cuda_, context_);
+  RETURN_IF_ERROR(current.status());
+  RETURN_IF_ERROR(WaitForStreams());
+  for (size_t i = 0; i < geometry_.handles_per_page; ++i) {
+    absl::Status unmapped = UnmapHandle(page, i);
+    if (unmapped.ok()) continue;
+    for (size_t undo = 0; undo < i; ++undo) {
+      absl::Status mapped = MapImport(page, undo);
+      if (!mapped.ok()) return mapped;
+    }
+    return unmapped;
+  }
+  absl::Status first;
+  for (size_t i = 0; i < geometry_.handles_per_page; ++i) {
+    first.Update(ReleaseHandle(page, i));
+  }
+  if (first.ok() || IsPoisoned(first)) return first;
+  return absl::InternalError(absl::StrCat(
+      "the page is unmapped, but its memory is still held: ", first.message()));
+}
+
+}  // namespace kvbroker::client
