@@ -172,9 +172,10 @@ size_t Distance(std::string_view a, std::string_view b) {
 
 const std::vector<Setting>& Settings() {
   static const auto* const settings = new std::vector<Setting>{
-      OneOf("backend", "auto, host, cuda, cuda_ipc",
-            "Where memory comes from; auto takes the best this machine has.",
-            &BrokerConfig::backend),
+      OneOf(
+          "backend", "auto, host, cuda, cuda_ipc",
+          "Where memory comes from; auto is cuda where gpu is set, else host.",
+          &BrokerConfig::backend),
       Text("gpu", "a GPU's index or uuid",
            "Which GPU to serve; one broker each.", &BrokerConfig::gpu),
       Text("device_uuid", "letters, digits, - and _",

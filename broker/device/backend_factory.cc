@@ -19,9 +19,8 @@ absl::StatusOr<ChosenBackend> MakeCuda(const BackendOptions& options) {
       CudaBackend::Create(std::move(driver), {.gpu = options.gpu}));
   std::string reason = absl::StrCat(
       "cuda: ", options.name == "cuda" ? "asked for" : "the best here", "; ",
-      backend->device().name, ", driver ",
-      backend->driver().nvidia_version(), ", CUDA ",
-      CudaVersionText(backend->driver().cuda_version()));
+      backend->device().name, ", driver ", backend->driver().nvidia_version(),
+      ", CUDA ", CudaVersionText(backend->driver().cuda_version()));
   return ChosenBackend{std::move(backend), std::move(reason)};
 }
 
@@ -45,14 +44,12 @@ absl::StatusOr<ChosenBackend> MakeBackend(const BackendOptions& options) {
   if (options.name == "host") return MakeHost(options, "host: asked for");
   if (options.name == "cuda") return MakeCuda(options);
   if (options.name == "auto") {
-    absl::StatusOr<ChosenBackend> cuda = MakeCuda(options);
-    // Which of several is for the operator to say; and who names one wants it.
-    if (cuda.ok() || absl::IsInvalidArgument(cuda.status()) ||
-        !options.gpu.empty()) {
-      return cuda;
-    }
+    // Who names a GPU wants it. Nobody else gets one while no engine maps its
+    // memory: a default must serve.
+    if (!options.gpu.empty()) return MakeCuda(options);
     return MakeHost(options,
-                    absl::StrCat("host: ", cuda.status().message()));
+                    "host: no engine maps GPU memory yet; cuda is there by "
+                    "name");
   }
   if (options.name == "cuda_ipc") {
     return absl::UnimplementedError(

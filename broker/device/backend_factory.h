@@ -13,11 +13,11 @@
 namespace kvbroker {
 
 struct BackendOptions {
-  // "host", "cuda", or "auto": `cuda` where there is a GPU that it can serve,
-  // else `host`. "cuda_ipc" is a known name, but not part of this build.
+  // "host", "cuda", or "auto": `cuda` where a GPU is named, else `host`, as
+  // long as no engine maps GPU memory. "cuda_ipc" is a known name, but not part
+  // of this build.
   std::string name = "auto";
-  // For `cuda`: index or uuid; empty: the only one. With `auto` it means that
-  // there must be one.
+  // For `cuda`: index or uuid; empty: the only one.
   std::string gpu;
   // For `host`: the device's size and name instead of the machine's own.
   std::optional<Bytes> total;

@@ -42,9 +42,10 @@ class BackendFactoryCudaTest : public testing::Test {
   FakeCuda fake_ = FakeCuda::Open();
 };
 
-TEST_F(BackendFactoryCudaTest, AutoIsTheGpuAndSaysWhichOne) {
-  for (const char* name : {"auto", "cuda"}) {
-    absl::StatusOr<ChosenBackend> chosen = MakeBackend({.name = name});
+TEST_F(BackendFactoryCudaTest, CudaByNameOrByItsGpuSaysWhichOne) {
+  for (const BackendOptions& options :
+       {BackendOptions{.name = "cuda"}, BackendOptions{.gpu = "0"}}) {
+    absl::StatusOr<ChosenBackend> chosen = MakeBackend(options);
     ASSERT_TRUE(chosen.ok()) << chosen.status();
     EXPECT_EQ(chosen->backend->info().name, "cuda");
     EXPECT_NE(chosen->reason.find("Fake GPU, driver 580.0.fake, CUDA 13.0"),
@@ -53,34 +54,29 @@ TEST_F(BackendFactoryCudaTest, AutoIsTheGpuAndSaysWhichOne) {
   }
 }
 
-TEST_F(BackendFactoryCudaTest, AutoIsTheHostWhereTheGpuIsTooOldAndSaysWhy) {
-  Set("KVBROKER_FAKE_CUDA_VMM", "0");
+TEST_F(BackendFactoryCudaTest, AutoIsTheHostAndSaysWhy) {
   absl::StatusOr<ChosenBackend> chosen = MakeBackend({});
   ASSERT_TRUE(chosen.ok()) << chosen.status();
   EXPECT_EQ(chosen->backend->info().name, "host");
-  EXPECT_NE(chosen->reason.find("no virtual memory management"),
+  EXPECT_NE(chosen->reason.find("no engine maps GPU memory yet"),
             std::string::npos)
       << chosen->reason;
+}
+
+TEST_F(BackendFactoryCudaTest, WhoAsksForAGpuIsNotGivenTheHost) {
+  Set("KVBROKER_FAKE_CUDA_VMM", "0");
   EXPECT_EQ(MakeBackend({.name = "cuda"}).status().code(),
             absl::StatusCode::kUnimplemented);
   EXPECT_EQ(MakeBackend({.gpu = "0"}).status().code(),
-            absl::StatusCode::kUnimplemented)
-      << "who names a GPU is not given the host";
-}
-
-TEST_F(BackendFactoryCudaTest, AutoIsTheHostWhereNoDriverIs) {
+            absl::StatusCode::kUnimplemented);
   Set("KVBROKER_CUDA_DRIVER", "/nowhere/libcuda.so.1");
-  absl::StatusOr<ChosenBackend> chosen = MakeBackend({});
-  ASSERT_TRUE(chosen.ok()) << chosen.status();
-  EXPECT_EQ(chosen->backend->info().name, "host");
-  EXPECT_NE(chosen->reason.find("no CUDA driver"), std::string::npos);
   EXPECT_EQ(MakeBackend({.name = "cuda"}).status().code(),
             absl::StatusCode::kNotFound);
 }
 
 TEST_F(BackendFactoryCudaTest, OneOfSeveralGpusMustBeNamed) {
   Set("KVBROKER_FAKE_CUDA_DEVICES", "2");
-  EXPECT_EQ(MakeBackend({}).status().code(),
+  EXPECT_EQ(MakeBackend({.name = "cuda"}).status().code(),
             absl::StatusCode::kInvalidArgument);
   absl::StatusOr<ChosenBackend> chosen = MakeBackend({.gpu = "1"});
   ASSERT_TRUE(chosen.ok()) << chosen.status();

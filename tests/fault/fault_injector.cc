@@ -145,6 +145,7 @@ struct Plan {
   Rule rules[kMaxRules];
   size_t count = 0;
   bool concerns[kCalls] = {};
+  Plan* before = nullptr;  // so that leak checkers see them all
 };
 
 // Libraries call before any constructor of ours has run: all of this is good
@@ -277,7 +278,9 @@ Plan* CurrentPlan() {
   if (stamp != plan_stamp.load()) {
     pthread_mutex_lock(&plan_mutex);
     if (stamp != plan_stamp.load()) {
-      plan = ParsePlan(shared_rules + sizeof(stamp));
+      Plan* made = ParsePlan(shared_rules + sizeof(stamp));
+      made->before = plan;
+      plan = made;
       plan_stamp = stamp;
     }
     pthread_mutex_unlock(&plan_mutex);
