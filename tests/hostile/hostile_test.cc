@@ -46,6 +46,10 @@ bool Has(const std::string& text, const std::string& part) {
   return text.find(part) != std::string::npos;
 }
 
+// A page of the neighbour's may be in the broker or not when descriptors are
+// counted: its handle, one being exported, one in stock. Attacks open more.
+constexpr size_t kOfTheNeighbour = 3;
+
 size_t OpenDescriptors() {
   size_t count = 0;
   DIR* folder = opendir("/proc/self/fd");
@@ -362,7 +366,7 @@ TEST_F(HostileTest, GarbageOnTheDescriptorSocketLeaksNoDescriptor) {
   }
   // More descriptors than anybody has a use for, in one packet.
   for (size_t many : {2, 3, 253}) sends({bytes_of(hello)}, many);
-  WaitUntil([&] { return OpenDescriptors() <= before; });
+  WaitUntil([&] { return OpenDescriptors() <= before + kOfTheNeighbour; });
   ExpectNobodyWasHurt();
 }
 
@@ -408,7 +412,7 @@ TEST_F(HostileTest, GarbageAndFloodsOnTheRpcSocketLeakNoDescriptor) {
     for (std::thread& thread : threads) thread.join();
     EXPECT_TRUE(TestAdmin(address()).List().ok());
   }
-  WaitUntil([&] { return OpenDescriptors() <= before; });
+  WaitUntil([&] { return OpenDescriptors() <= before + kOfTheNeighbour; });
   ExpectNobodyWasHurt();
 }
 
@@ -483,7 +487,7 @@ TEST_F(HostileTest, FloodsOfConnectionsStayWithinTheUsersQuota) {
       EXPECT_EQ(other.Line(), "held");
     }
   }
-  WaitUntil([&] { return OpenDescriptors() <= before + 8; });
+  WaitUntil([&] { return OpenDescriptors() <= before + kOfTheNeighbour + 8; });
   const int64_t grown = ResidentKiB() - before_kib;
   printf("4,000 connections: %lld KiB more\n", static_cast<long long>(grown));
   EXPECT_LT(grown, (100 << 10) * kSlower);
@@ -645,7 +649,7 @@ TEST_F(HostileTest, ComingAndGoingLeavesNothingBehind) {
   WaitUntil([&] { return Sessions() == 2; });
   // Descriptors of this process, the broker's among them: each watch of a
   // process has one.
-  WaitUntil([&] { return OpenDescriptors() <= before + 10; });
+  WaitUntil([&] { return OpenDescriptors() <= before + kOfTheNeighbour + 10; });
   const int64_t grown = ResidentKiB() - before_kib;
   printf("10,000 sessions one after the other: %lld KiB more\n",
          static_cast<long long>(grown));
