@@ -20,6 +20,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import random
 import re
 import shutil
 import signal
@@ -78,15 +79,33 @@ class Engine:
         return summary
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def parse_arguments(
+    parser: argparse.ArgumentParser, capacity: str = "48M"
+) -> tuple[argparse.Namespace, random.Random]:
+    """Reads the program's own arguments and those of all; prints the seed of the chance returned."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "--bin", type=pathlib.Path, default=None, metavar="DIR",
         help="where bazel has put the programs [bazel-bin of this checkout]",
     )
     parser.add_argument("--seed", type=int, default=None, help="of all chance [the clock]; printed")
-    parser.add_argument("--capacity", default="48M", help="what the broker may lend [48M]")
+    parser.add_argument("--capacity", default=capacity, help=f"what the broker may lend [{capacity}]")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="the counts, as JSON too")
     parser.add_argument("--keep", action="store_true", help="leave the logs where they are")
+    arguments = parser.parse_args()
+    if arguments.seed is None:
+        arguments.seed = time.time_ns() % 1_000_000
+    print(f"seed {arguments.seed}", flush=True)
+    return arguments, random.Random(arguments.seed)
+
+
+def report(counts: dict[str, object], arguments: argparse.Namespace) -> None:
+    """What was counted, at the end of a run that broke no promise."""
+    counts["seed"] = arguments.seed
+    print(json.dumps(counts, indent=2))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(counts) + "\n")
+    print("PASSED")
 
 
 class Fleet:

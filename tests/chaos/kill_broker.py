@@ -8,9 +8,7 @@ as it wrote it. With --upgrade-from the starts alternate with another build of t
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
-import random
 import signal
 import time
 
@@ -20,7 +18,7 @@ ENGINES = {"conv": "builtin:conv", "code": "builtin:code", "code2": "builtin:cod
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=100, metavar="N", help="[100]")
     parser.add_argument(
         "--terminate", type=float, default=0.1, metavar="SHARE",
@@ -30,11 +28,7 @@ def main() -> None:
         "--upgrade-from", type=pathlib.Path, metavar="KVBROKERD",
         help="every other broker is this program",
     )
-    chaos.add_arguments(parser)
-    arguments = parser.parse_args()
-    seed = arguments.seed if arguments.seed is not None else time.time_ns() % 1_000_000
-    rng = random.Random(seed)
-    print(f"seed {seed}", flush=True)
+    arguments, rng = chaos.parse_arguments(parser)
 
     resumed_after: list[float] = []
     done = 0
@@ -102,15 +96,10 @@ def main() -> None:
             "engines_back_ms_p50": round(sorted(resumed_after)[len(resumed_after) // 2] * 1000, 1),
             "engines_back_ms_max": round(max(resumed_after) * 1000, 1),
             "engines_whole": done,
-            "engines_failed": 0,
             "limit_changes": limit_changes,
             "history": fleet.check_history(),
-            "seed": seed,
         }
-        print(json.dumps(counts, indent=2))
-        if arguments.json:
-            arguments.json.write_text(json.dumps(counts) + "\n")
-        print("PASSED")
+        chaos.report(counts, arguments)
 
 
 if __name__ == "__main__":

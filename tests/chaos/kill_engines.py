@@ -9,8 +9,6 @@ the books agree with what the kernel says that the survivors map.
 from __future__ import annotations
 
 import argparse
-import json
-import random
 import signal
 import time
 
@@ -18,17 +16,13 @@ import fleet as chaos
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=500, metavar="N", help="[500]")
     parser.add_argument(
         "--within", type=float, default=1.0, metavar="SECONDS",
         help="from a process's exit until its memory is free; more fails [1]",
     )
-    chaos.add_arguments(parser)
-    arguments = parser.parse_args()
-    seed = arguments.seed if arguments.seed is not None else time.time_ns() % 1_000_000
-    rng = random.Random(seed)
-    print(f"seed {seed}", flush=True)
+    arguments, rng = chaos.parse_arguments(parser)
 
     freed_after: list[float] = []
     survivors_done = agreements = 0
@@ -99,12 +93,8 @@ def main() -> None:
             "descriptors_at_start": descriptors,
             "descriptors_at_end": fleet.broker_descriptors(),
             "history": fleet.check_history(arguments.within),
-            "seed": seed,
         }
-        print(json.dumps(counts, indent=2))
-        if arguments.json:
-            arguments.json.write_text(json.dumps(counts) + "\n")
-        print("PASSED")
+        chaos.report(counts, arguments)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ descriptors of the longest-lived broker are printed, round by round.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import signal
 import time
@@ -25,21 +24,13 @@ NAMES = 6
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("minutes", type=float, help="how long; the round under way is ended")
     parser.add_argument("--round", type=float, default=20, metavar="SECONDS", help="of one round [20]")
     parser.add_argument("--phase", type=int, default=24, metavar="ROUNDS", help="of one phase [24]")
-    chaos.add_arguments(parser)
-    arguments = parser.parse_args()
-    seed = arguments.seed if arguments.seed is not None else time.time_ns() % 1_000_000
-    print(f"seed {seed}", flush=True)
+    arguments, rng = chaos.parse_arguments(parser)
     with chaos.reported(), chaos.Fleet(arguments) as fleet:
-        counts = Soak(fleet, random.Random(seed), arguments).run()
-        counts["seed"] = seed
-        print(json.dumps(counts, indent=2))
-        if arguments.json:
-            arguments.json.write_text(json.dumps(counts) + "\n")
-        print("PASSED")
+        chaos.report(Soak(fleet, rng, arguments).run(), arguments)
 
 
 class Soak:
@@ -83,7 +74,6 @@ class Soak:
         lived = max((self._longest, self._flatness), key=len)
         return {
             **self._counts,
-            "failures": 0,
             "longest_broker_rounds": len(lived),
             "its_memory_mib_by_round": [round(memory / MIB, 1) for memory, _ in lived],
             "its_descriptors_by_round": [descriptors for _, descriptors in lived],

@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import pathlib
 import signal
 import subprocess
 import sys
-import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "chaos"))
 import fleet as chaos  # noqa: E402
@@ -169,7 +167,7 @@ def may_unshare() -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--calls", type=int, default=400, metavar="N", help="die at each of the first N calls [400]")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="of the calls after the 40th only each N-th [1]")
     parser.add_argument("--resumes", type=int, default=12, metavar="N", help="die at each of the first N reads of resuming [12]")
@@ -177,9 +175,7 @@ def main() -> None:
         "--within", type=float, default=1.0, metavar="SECONDS",
         help="from a process's exit until its memory is free; more fails [1]",
     )
-    chaos.add_arguments(parser)
-    parser.set_defaults(capacity="24M")
-    arguments = parser.parse_args()
+    arguments, _ = chaos.parse_arguments(parser, capacity="24M")
 
     died_at: dict[str, int] = {}
     with chaos.reported(), chaos.Fleet(arguments) as fleet:
@@ -205,13 +201,12 @@ def main() -> None:
                 deaths.by_source(rules, own_namespace)
                 progress.say(f"died, watched by {source}{', in its own PID namespace' * own_namespace}")
         deaths.finish()
-        print(json.dumps({
+        chaos.report({
             "died_before": died_at,
             "deaths": len(deaths.freed_after),
             "free_after_ms_max": {name: round(s * 1000, 1) for name, s in deaths.slowest.items()},
             "history": fleet.check_history(arguments.within),
-        }, indent=2))
-        print("PASSED")
+        }, arguments)
 
 
 if __name__ == "__main__":

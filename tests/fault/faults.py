@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import pathlib
 import re
 import signal
@@ -237,12 +236,11 @@ class Faults:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=0.6, help="that each failure is in force [0.6]")
     parser.add_argument("--only", metavar="TEXT", default="", help="those with TEXT in 'broker fallocate=ENOSPC/7' or the like")
     parser.add_argument("--go-on", action="store_true", help="a broken promise does not end it; see all")
-    chaos.add_arguments(parser)
-    arguments = parser.parse_args()
+    arguments, _ = chaos.parse_arguments(parser)
 
     failed: list[str] = []
     with chaos.reported(), chaos.Fleet(arguments) as fleet:
@@ -270,10 +268,10 @@ def main() -> None:
                     faults.start_broker()
                     continue
                 print(f"{label}: {faults.hits[label]} times, {time.monotonic() - start:.1f} s", flush=True)
-        print(json.dumps({"faults": faults.hits, "history": fleet.check_history(5.0)}, indent=2))
-    if failed:
-        sys.exit(f"FAILED: {failed}")
-    print("PASSED")
+        history = fleet.check_history(5.0)
+        if failed:
+            raise chaos.ChaosError(f"{len(failed)} faults did harm: {failed}")
+        chaos.report({"faults": faults.hits, "history": history}, arguments)
 
 
 if __name__ == "__main__":
