@@ -122,7 +122,7 @@ TEST_F(CompositionTest, ANonceIsGoodOnce) {
   Nonce nonce = *engine.descriptors().GetNonce();
   ASSERT_TRUE(engine.OpenWith(nonce, "llama").ok());
   TestSession replay(address());
-  EXPECT_TRUE(absl::IsPermissionDenied(replay.OpenWith(nonce, "other")));
+  EXPECT_TRUE(absl::IsAborted(replay.OpenWith(nonce, "other")));
   EXPECT_TRUE(engine.Acquire(1).ok()) << "the session goes on";
 }
 
@@ -190,7 +190,7 @@ TEST_F(CompositionTest, GarbageEndsItsOwnSessionOnly) {
     TestSession early(address());
     // Something before Open: OpenWith would send Open first.
     Nonce nonce{};
-    EXPECT_TRUE(absl::IsPermissionDenied(early.OpenWith(nonce, "x")));
+    EXPECT_TRUE(absl::IsAborted(early.OpenWith(nonce, "x")));
   }
   {
     TestSession empty(address());

@@ -106,8 +106,7 @@ absl::Status DescriptorConnection::Join(Session session) {
   {
     MutexLock lock(&mu_);
     if (state_ != State::kOffered || !end_.ok()) {
-      return absl::FailedPreconditionError(
-          "the descriptor connection has ended");
+      return absl::AbortedError("the descriptor connection has ended");
     }
     state_ = State::kJoined;
     session_ = std::make_shared<const Session>(std::move(session));
@@ -286,8 +285,7 @@ absl::Status DescriptorConnection::TakeHello(
   if (!peer_.pidfd) {
     return absl::FailedPreconditionError(
         "the process cannot be watched: the kernel has no SO_PEERPIDFD, its "
-        "pid "
-        "is not visible from here and its hello brought no pidfd");
+        "pid is not visible from here and its hello brought no pidfd");
   }
   {
     // Before the nonce is out, since Join may come at once.

@@ -71,8 +71,8 @@ class DescriptorConnection
   // Does not change once the connection was offered at the rendezvous.
   const PeerIdentity& peer() const { return peer_; }
 
-  // Who found it at the rendezvous takes it. FAILED_PRECONDITION: it has ended
-  // meanwhile, and `session` is not called.
+  // Who found it at the rendezvous takes it. ABORTED: it has ended meanwhile,
+  // and `session` is not called.
   absl::Status Join(Session session);
 
   // As SessionListener::SendDescriptors. Dropped before Join and after the end.

@@ -53,7 +53,7 @@ absl::StatusOr<std::shared_ptr<DescriptorConnection>> Rendezvous::Meet(
   std::shared_ptr<DescriptorConnection> connection;
   if (found != offers_.end()) connection = found->second.lock();
   if (connection == nullptr) {
-    return absl::PermissionDeniedError(
+    return absl::AbortedError(
         "the nonce in Open is unknown: it was used already, or its descriptor "
         "connection has ended");
   }

@@ -73,8 +73,9 @@ class Rendezvous {
   // A nonce that is not on offer any more is fine.
   void Withdraw(const Nonce& nonce);
 
-  // The connection under the nonce, which is used up by it. PERMISSION_DENIED:
-  // no such nonce (any more), or it was given to another process.
+  // The connection under the nonce, which is used up by it. ABORTED: no such
+  // nonce (any more); with a new one it may be tried again. PERMISSION_DENIED:
+  // it was given to another process.
   absl::StatusOr<std::shared_ptr<DescriptorConnection>> Meet(
       const Nonce& nonce, const PeerIdentity& who);
 

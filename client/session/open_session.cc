@@ -58,8 +58,10 @@ absl::StatusOr<std::unique_ptr<Session>> OpenSession(
   while (true) {
     absl::StatusOr<std::unique_ptr<Session>> session =
         TryOpenSession(address, options, give_up - absl::Now());
+    // ABORTED: the descriptor connection ended before the nonce was used.
     const bool restarting = absl::IsUnavailable(session.status()) ||
-                            absl::IsNotFound(session.status());
+                            absl::IsNotFound(session.status()) ||
+                            absl::IsAborted(session.status());
     const bool may_pass = absl::IsPermissionDenied(session.status()) &&
                           absl::Now() < start + kBelieveRefusal;
     if ((!restarting && !may_pass) || absl::Now() + kTryAgain >= give_up) {

@@ -275,6 +275,18 @@ class Fleet:
         """No instance counts the process any more."""
         return all(pid not in instance["pids"] for instance in self.instances().values())
 
+    def await_connected(self) -> None:
+        """Until the broker counts every engine that has not come to the end of its trace meanwhile."""
+
+        def connected(engine: Engine) -> bool:
+            if engine.alive():
+                return not self.gone(engine.pid)
+            engine.check_ended_well()
+            return True
+
+        for engine in self.engines:
+            self.eventually(f"engine {engine.name} is connected", lambda engine=engine: connected(engine))
+
     def agreed(self, engine: Engine) -> bool:
         """The broker's figure for the engine is what the kernel says, and stood still meanwhile."""
 

@@ -145,7 +145,7 @@ class Faults:
         group = self._broker if where == "broker" else self._engines
         # One is there before and one comes meanwhile.
         engines = [self._start(NAMES[0])]
-        fleet.eventually("the first engine is connected", lambda: not fleet.gone(engines[0].pid))
+        fleet.await_connected()
         leaver = self._start(NAMES[2])
         fleet.eventually("the one to leave has memory", lambda: leaver.mapped_bytes() > 0)
         log = fleet.broker_log()
@@ -170,7 +170,7 @@ class Faults:
         group.set("")
         if not fault.saves:
             fleet.kvctl("limit", NAMES[0], "48M")
-        fleet.eventually("all engines are connected", lambda: all(not fleet.gone(engine.pid) for engine in engines))
+        fleet.await_connected()
         fleet.await_agreement()
         if not fault.drops:
             for line in log.read_text()[said:].splitlines():
@@ -216,9 +216,7 @@ class Faults:
             )
         self._fleet.kill_broker()
         self.start_broker()
-        self._fleet.eventually("the engines are back", lambda: all(
-            not engine.alive() or not self._fleet.gone(engine.pid) for engine in self._fleet.engines
-        ))
+        self._fleet.await_connected()
         self._fleet.await_agreement()
         kept = self._fleet.instances()[NAMES[0]]["limit_bytes"]
         if kept != limit:
