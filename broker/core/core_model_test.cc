@@ -90,6 +90,33 @@ TEST_P(CoreModelTest, CreditThatIsDrawnOnInItsOwnRoundCountsOnce) {
   EXPECT_EQ(CoreModel::Run(program, nullptr, GetParam()), absl::OkStatus());
 }
 
+// A process that was told to end goes on, acknowledges what was dropped without
+// an answer, and asks it again: it gets none.
+TEST_P(CoreModelTest, WhatWasAcknowledgedIsNotAnsweredAgain) {
+  const std::vector<Instruction> program = {
+      {Op::kStart, 3, 9964, 12357, 8807},
+      {Op::kAsk, 3, 2039, 8502, 4764},
+      {Op::kAsk, 3, 4368, 5189, 3628},
+      {Op::kAsk, 3, 12304, 3365, 10483},
+      {Op::kAsk, 3, 13385, 14082, 9699},
+      {Op::kAsk, 3, 14524, 2794, 5961},
+      {Op::kStart, 1, 9914, 7083, 12138},
+      {Op::kAsk, 3, 11992, 12122, 2950},
+      {Op::kAsk, 1, 5453, 8230, 2741},
+      {Op::kAsk, 1, 12125, 2582, 11677},
+      {Op::kDelete, 5, 7877, 2469, 1580},
+      {Op::kAsk, 1, 8234, 2895, 3448},
+      {Op::kAsk, 1, 12886, 7985, 3813},
+      {Op::kAsk, 1, 14302, 3469, 15282},
+      {Op::kPump, 1, 12357, 12400, 4238},
+      {Op::kAsk, 1, 14514, 5096, 14291},
+      {Op::kRepeat, 1, 6305, 5501, 14427},
+      {Op::kTick, 3, 2500, 6099, 3646},
+      {Op::kAdvance, 0, 0, 5519, 14069},
+  };
+  EXPECT_EQ(CoreModel::Run(program, nullptr, GetParam()), absl::OkStatus());
+}
+
 INSTANTIATE_TEST_SUITE_P(Inline, CoreModelTest,
                          testing::Values(CoreModel::Bulk::kInline));
 INSTANTIATE_TEST_SUITE_P(OnExecutor, CoreModelTest,

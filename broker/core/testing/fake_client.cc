@@ -162,7 +162,9 @@ Sequence FakeClient::Ask(Acquire acquire) {
   if (acquire.deadline == absl::ZeroDuration()) {
     acquire.deadline = absl::Minutes(1);
   }
-  if (granted(acquire.sequence) == nullptr &&
+  acked_ = std::max(acked_, acquire.acked);
+  // What was acknowledged is not answered again, whatever it was.
+  if (acquire.sequence > acked_ && granted(acquire.sequence) == nullptr &&
       refused(acquire.sequence) == nullptr) {
     asked_[acquire.sequence] = acquire;
     unanswered_.try_emplace(acquire.sequence, clock_.Now() + acquire.deadline);

@@ -218,6 +218,7 @@ class FakeClient {
   std::map<GrantId, Arrival> arriving_;
   std::set<GrantId> done_;  // mapped or dropped
   uint64_t last_sequence_ = 0;
+  Sequence acked_;
   std::map<Sequence, Acquire> asked_;
   std::map<Sequence, absl::Time> unanswered_;
   std::set<Sequence> cancelled_;
