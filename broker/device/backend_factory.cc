@@ -44,12 +44,17 @@ absl::StatusOr<ChosenBackend> MakeBackend(const BackendOptions& options) {
   if (options.name == "host") return MakeHost(options, "host: asked for");
   if (options.name == "cuda") return MakeCuda(options);
   if (options.name == "auto") {
-    // Who names a GPU wants it. Nobody else gets one while no engine maps its
-    // memory: a default must serve.
-    if (!options.gpu.empty()) return MakeCuda(options);
-    return MakeHost(options,
-                    "host: no engine maps GPU memory yet; cuda is there by "
-                    "name");
+    // What is for `host` alone says what is wanted.
+    if (options.total || !options.device_uuid.empty()) {
+      return MakeHost(options, "host: its size or its name is given");
+    }
+    absl::StatusOr<ChosenBackend> cuda = MakeCuda(options);
+    // Who names a GPU wants it, and who has several must say which.
+    if (cuda.ok() || !options.gpu.empty() ||
+        absl::IsInvalidArgument(cuda.status())) {
+      return cuda;
+    }
+    return MakeHost(options, absl::StrCat("host: ", cuda.status().message()));
   }
   if (options.name == "cuda_ipc") {
     return absl::UnimplementedError(

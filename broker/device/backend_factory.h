@@ -13,9 +13,9 @@
 namespace kvbroker {
 
 struct BackendOptions {
-  // "host", "cuda", or "auto": `cuda` where a GPU is named, else `host`, as
-  // long as no engine maps GPU memory. "cuda_ipc" is a known name, but not part
-  // of this build.
+  // "host", "cuda", or "auto": `cuda` where a GPU is named, or where there is
+  // one that `cuda` can serve, else `host`. "cuda_ipc" is a known name, but not
+  // part of this build.
   std::string name = "auto";
   // For `cuda`: index or uuid; empty: the only one.
   std::string gpu;

@@ -54,13 +54,38 @@ TEST_F(BackendFactoryCudaTest, CudaByNameOrByItsGpuSaysWhichOne) {
   }
 }
 
-TEST_F(BackendFactoryCudaTest, AutoIsTheHostAndSaysWhy) {
+TEST_F(BackendFactoryCudaTest, AutoIsCudaWhereThatCanServe) {
   absl::StatusOr<ChosenBackend> chosen = MakeBackend({});
   ASSERT_TRUE(chosen.ok()) << chosen.status();
-  EXPECT_EQ(chosen->backend->info().name, "host");
-  EXPECT_NE(chosen->reason.find("no engine maps GPU memory yet"),
-            std::string::npos)
+  EXPECT_EQ(chosen->backend->info().name, "cuda");
+  EXPECT_NE(chosen->reason.find("the best here"), std::string::npos)
       << chosen->reason;
+  // What is for the host alone asks for the host.
+  chosen = MakeBackend({.device_uuid = "HOST-mine"});
+  ASSERT_TRUE(chosen.ok()) << chosen.status();
+  EXPECT_EQ(chosen->backend->info().name, "host");
+}
+
+TEST_F(BackendFactoryCudaTest, AutoIsTheHostElseAndSaysWhy) {
+  auto why_host = [] {
+    absl::StatusOr<ChosenBackend> chosen = MakeBackend({});
+    if (!chosen.ok()) return chosen.status().ToString();
+    return chosen->backend->info().name + ": " + chosen->reason;
+  };
+  Set("KVBROKER_FAKE_CUDA_VMM", "0");
+  EXPECT_NE(why_host().find("host: Fake GPU"), std::string::npos) << why_host();
+  EXPECT_NE(why_host().find("has no virtual memory management"),
+            std::string::npos)
+      << why_host();
+  Set("KVBROKER_CUDA_DRIVER", "/nowhere/libcuda.so.1");
+  EXPECT_NE(why_host().find("host: no CUDA driver"), std::string::npos)
+      << why_host();
+}
+
+TEST_F(BackendFactoryCudaTest, AutoDoesNotChooseAmongGpus) {
+  Set("KVBROKER_FAKE_CUDA_DEVICES", "2");
+  EXPECT_EQ(MakeBackend({}).status().code(),
+            absl::StatusCode::kInvalidArgument);
 }
 
 TEST_F(BackendFactoryCudaTest, WhoAsksForAGpuIsNotGivenTheHost) {

@@ -53,10 +53,9 @@ class CudaMapper : public Mapper {
   // An address of the GPU.
   std::byte* region(size_t handle_of_page) const override;
 
-  // Any thread. A stream is removed before it is destroyed; null is the
-  // context's default stream.
-  void AddStream(cuda::CUstream stream);
-  void RemoveStream(cuda::CUstream stream);
+  // Null is the context's default stream.
+  void AddStream(cuda::CUstream stream) override;
+  void RemoveStream(cuda::CUstream stream) override;
 
  private:
   // One handle of a page as this process has it.

@@ -36,8 +36,15 @@ class Mapper {
   // happened: work that was queued before still uses it.
   virtual absl::Status Unmap(PageIndex page) = 0;
 
-  // Start of a region; fixed for the mapper's life.
+  // Start of a region; fixed for the mapper's life. An address of the device:
+  // whether this process can read it depends on the kind of memory.
   virtual std::byte* region(size_t handle_of_page) const = 0;
+
+  // A stream (a CUstream) whose work touches the pool: Unmap waits for what was
+  // queued on it before. To be removed before it is destroyed. Any thread. Does
+  // nothing where memory has no streams.
+  virtual void AddStream(void* /*stream*/) {}
+  virtual void RemoveStream(void* /*stream*/) {}
 };
 
 }  // namespace kvbroker::client

@@ -236,6 +236,11 @@ void kvb_session_options_set_gpu(kvb_session_options* options,
   options->gpu = gpu;
 }
 
+void kvb_session_options_set_backend(kvb_session_options* options,
+                                     const char* backend) noexcept {
+  options->session.backend = backend;
+}
+
 void kvb_session_options_set_member(kvb_session_options* options,
                                     const char* member) noexcept {
   options->session.member = member;
@@ -443,6 +448,14 @@ void* kvb_pool_region(kvb_pool* pool, size_t handle_of_page) noexcept {
   const kvbroker::PoolGeometry& geometry = Unwrap(pool).options().geometry;
   if (handle_of_page >= geometry.handles_per_page) return nullptr;
   return Unwrap(pool).mapper().region(handle_of_page);
+}
+
+void kvb_pool_add_stream(kvb_pool* pool, void* stream) noexcept {
+  Unwrap(pool).mapper().AddStream(stream);
+}
+
+void kvb_pool_remove_stream(kvb_pool* pool, void* stream) noexcept {
+  Unwrap(pool).mapper().RemoveStream(stream);
 }
 
 void kvb_pool_usage(kvb_pool* pool, kvb_usage* usage) noexcept {

@@ -205,6 +205,16 @@ static void test_wrong_options(const char* address) {
   CHECK(strstr(error, "handle_bytes") != NULL);
   kvb_error_free(error);
   kvb_session_options_free(options);
+
+  /* And what this library cannot map. */
+  options = session_options("c-program", address);
+  pool = pool_options(NULL);
+  CHECK(kvb_session_options_add_pool(options, &pool, NULL) == KVB_OK);
+  kvb_session_options_set_backend(options, "rocm");
+  CHECK(kvb_session_open(options, &none, &error) == KVB_INVALID_ARGUMENT);
+  CHECK(strstr(error, "rocm") != NULL);
+  kvb_error_free(error);
+  kvb_session_options_free(options);
   kvb_session_close(NULL);
 }
 
@@ -243,6 +253,9 @@ static void test_session(const char* address) {
   CHECK(kvb_pool_region(first, 1) == NULL);
   CHECK(kvb_pool_region(second, 3) != NULL);
   CHECK(kvb_pool_region(second, 4) == NULL);
+  /* Host memory has no streams: whatever is named is nobody's. */
+  kvb_pool_add_stream(first, NULL);
+  kvb_pool_remove_stream(first, NULL);
 
   /* Per layer, page p's handle h lies in region h. */
   int32_t blocks[kBlocksPerPage];

@@ -150,6 +150,10 @@ void kvb_session_options_set_address(kvb_session_options* options,
 /* Of several brokers: a device's uuid, a prefix of it, or its index. */
 void kvb_session_options_set_gpu(kvb_session_options* options,
                                  const char* gpu) KVB_NOEXCEPT;
+/* The kind of memory that is mapped, "host" or "cuda". By default what goes with
+ * the broker's device: "cuda" where that is called GPU-..., else "host". */
+void kvb_session_options_set_backend(kvb_session_options* options,
+                                     const char* backend) KVB_NOEXCEPT;
 /* Which member of the instance this process is; taken by one at a time. */
 void kvb_session_options_set_member(kvb_session_options* options,
                                     const char* member) KVB_NOEXCEPT;
@@ -246,8 +250,13 @@ size_t kvb_pool_blocks_to_vacate(kvb_pool* pool, int32_t* blocks,
  * session; NULL past the last. In the contiguous layout block b is at
  * b * block_bytes of region 0; per layer, handle h of page p is at
  * p * handle_bytes of region h. Only what is in use may be touched: anything else
- * may fault. */
+ * may fault. Of CUDA memory it is an address of the GPU, in the primary context. */
 void* kvb_pool_region(kvb_pool* pool, size_t handle_of_page) KVB_NOEXCEPT;
+/* A CUstream whose work touches the pool: no page is unmapped before what was
+ * queued on it is done. To be removed before it is destroyed; NULL is the
+ * default stream. Without effect on host memory. */
+void kvb_pool_add_stream(kvb_pool* pool, void* stream) KVB_NOEXCEPT;
+void kvb_pool_remove_stream(kvb_pool* pool, void* stream) KVB_NOEXCEPT;
 void kvb_pool_usage(kvb_pool* pool, kvb_usage* usage) KVB_NOEXCEPT;
 
 #ifdef __cplusplus

@@ -11,6 +11,7 @@
 #include <span>
 #include <vector>
 
+#include "absl/status/status.h"
 #include "broker/base/bytes.h"
 
 namespace kvbroker::replay {
@@ -70,8 +71,15 @@ class BlockSource {
 
   virtual BlockUsage Usage() const = 0;
 
-  // The block's `block_bytes()` bytes. REQUIRES: allocated.
-  virtual std::byte* BlockData(BlockId block) = 0;
+  // Not OK: the device failed, and contents are what they are.
+  virtual absl::Status Health() const { return absl::OkStatus(); }
+
+  // The block's contents, `block_bytes()` of them. REQUIRES: allocated, all
+  // three; a span is good until the next call to this object. What was written
+  // between BeginWrite and EndWrite, all of it, is in the block from then on.
+  virtual std::span<std::byte> BeginWrite(BlockId block) = 0;
+  virtual void EndWrite(BlockId /*block*/) {}
+  virtual std::span<const std::byte> Read(BlockId block) = 0;
 
  private:
   const Bytes block_bytes_;

@@ -7,7 +7,9 @@
 #include "absl/strings/str_join.h"
 #include "broker/base/status_macros.h"
 #include "client/address/broker_address.h"
+#include "client/arena/cuda_driver.h"
 #include "client/history/recording_mapper.h"
+#include "client/replay/cuda_block_memory.h"
 #include "client/replay/pool_block_source.h"
 #include "client/session/open_session.h"
 
@@ -29,6 +31,43 @@ class BrokerBlockSource : public PoolBlockSource {
   std::unique_ptr<client::Session> session_;
 };
 
+// The same on a GPU: blocks are written and read there, and a step is done when
+// the GPU has done what was queued in it.
+class CudaBlockSource : public BrokerBlockSource {
+ public:
+  CudaBlockSource(std::unique_ptr<client::MappingRecorder> recorder,
+                  std::unique_ptr<client::Session> session,
+                  std::unique_ptr<CudaBlockMemory> memory)
+      : BrokerBlockSource(std::move(recorder), std::move(session)),
+        memory_(std::move(memory)) {
+    pool().mapper().AddStream(memory_->stream());
+  }
+  ~CudaBlockSource() override {
+    // No call of StepDone is under way after that.
+    memory_->Wait();
+    pool().mapper().RemoveStream(memory_->stream());
+  }
+
+  std::span<std::byte> BeginWrite(BlockId /*block*/) override {
+    return memory_->BeginWrite();
+  }
+  void EndWrite(BlockId block) override {
+    memory_->EndWrite(pool().block_data(block));
+  }
+  std::span<const std::byte> Read(BlockId block) override {
+    return memory_->Read(pool().block_data(block));
+  }
+  absl::Status Health() const override { return memory_->status(); }
+
+ protected:
+  void WhenDone(client::StepId step) override {
+    memory_->WhenDone([this, step] { pool().StepDone(step); });
+  }
+
+ private:
+  const std::unique_ptr<CudaBlockMemory> memory_;
+};
+
 // Slots of the pool: what a replay may come to hold at most. Addresses cost
 // nothing, but the block table has an entry for each of their blocks.
 constexpr uint32_t kMaxPages = 8192;
@@ -39,10 +78,11 @@ absl::StatusOr<std::unique_ptr<BlockSource>> MakeBrokerBlockSource(
     const ReplayOptions& options) {
   ASSIGN_OR_RETURN(
       std::vector<client::BrokerAddress> brokers,
-      client::FindBrokers({.address = options.address}));
+      client::FindBrokers(
+          {.address = options.address, .gpu = options.gpu}));
   if (brokers.size() > 1) {
     return absl::InvalidArgumentError(absl::StrCat(
-        "several brokers listen there, name one with --address: ",
+        "several brokers listen there, name one with --address or --gpu: ",
         absl::StrJoin(brokers, ", ",
                       [](std::string* out, const client::BrokerAddress& broker) {
                         absl::StrAppend(out, broker.rpc_path);
@@ -71,8 +111,19 @@ absl::StatusOr<std::unique_ptr<BlockSource>> MakeBrokerBlockSource(
       return to->Wrap(std::move(mapper));
     };
   }
+  session.backend = options.backend;
   ASSIGN_OR_RETURN(std::unique_ptr<client::Session> opened,
                    client::OpenSession(brokers.front(), std::move(session)));
+  if (opened->opened().backend == "cuda") {
+    ASSIGN_OR_RETURN(const CudaDriver* driver, client::LoadedCudaDriver());
+    ASSIGN_OR_RETURN(
+        std::unique_ptr<CudaBlockMemory> memory,
+        CudaBlockMemory::Create(
+            *driver, brokers.front().device_uuid,
+            static_cast<size_t>(options.geometry.block_bytes.count())));
+    return std::make_unique<CudaBlockSource>(
+        std::move(recorder), std::move(opened), std::move(memory));
+  }
   return std::make_unique<BrokerBlockSource>(std::move(recorder),
                                              std::move(opened));
 }

@@ -9,7 +9,7 @@ void PoolBlockSource::StepBegin() { pool_.StepBegin(); }
 
 void PoolBlockSource::StepEnd() {
   pool_.StepEnd(++step_);
-  pool_.StepDone(step_);
+  WhenDone(step_);
 }
 
 bool PoolBlockSource::Alloc(int64_t blocks, Urgency urgency,

@@ -1,10 +1,12 @@
 // PoolBlockSource: the client library's Pool as the scheduler wants it.
 //
-// The stand-in for a GPU is immediate here: a step's work is done when the step
-// ends. Owns neither the pool nor its session.
+// In host memory the stand-in for a GPU is immediate: a step's work is done when
+// the step ends. Owns neither the pool nor its session.
 #ifndef KVBROKER_CLIENT_REPLAY_POOL_BLOCK_SOURCE_H_
 #define KVBROKER_CLIENT_REPLAY_POOL_BLOCK_SOURCE_H_
 
+#include <cstddef>
+#include <span>
 #include <vector>
 
 #include "client/block/block_types.h"
@@ -26,9 +28,20 @@ class PoolBlockSource : public BlockSource {
   std::span<const BlockId> BlocksToVacate() override;
   int64_t CapacityBlocks() const override;
   BlockUsage Usage() const override;
-  std::byte* BlockData(BlockId block) override {
-    return pool_.block_data(block);
+  // In host memory the block itself.
+  std::span<std::byte> BeginWrite(BlockId block) override {
+    return {pool_.block_data(block),
+            static_cast<size_t>(block_bytes().count())};
   }
+  std::span<const std::byte> Read(BlockId block) override {
+    return BeginWrite(block);
+  }
+
+ protected:
+  client::Pool& pool() { return pool_; }
+  // Called at the end of a step, once it is scheduled: has StepDone called when
+  // its work is done.
+  virtual void WhenDone(client::StepId step) { pool_.StepDone(step); }
 
  private:
   client::Pool& pool_;

@@ -103,6 +103,7 @@ absl::StatusOr<ReplaySummary> Replay(const ReplayOptions& options, Trace trace,
       .poll = elastic ? kElasticPoll : absl::InfiniteDuration()};
   const ReplayRun run = RunReplay(scheduler, *source, pace, listener, clock);
 
+  RETURN_IF_ERROR(source->Health());
   if (rejections > kRejectionsTold) {
     absl::FPrintF(stderr, "kvbroker-replay: ... and %d more such requests\n",
                   rejections - kRejectionsTold);

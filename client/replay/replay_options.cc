@@ -82,12 +82,13 @@ absl::Status CheckCombinations(const ReplayOptions& options) {
         "--origin is for trace files with dates, not for built-in traces");
   }
   if (options.static_share.has_value() &&
-      (!options.address.empty() || options.min.has_value() ||
+      (!options.address.empty() || !options.gpu.empty() ||
+       !options.backend.empty() || options.min.has_value() ||
        options.max.has_value() || options.weight.has_value() ||
        !options.history_file.empty())) {
     return absl::InvalidArgumentError(
-        "--static-share needs no broker: --address, --min, --max, --weight and "
-        "--history do not go with it");
+        "--static-share needs no broker: --address, --gpu, --backend, --min, "
+        "--max, --weight and --history do not go with it");
   }
   if (options.min.has_value() && options.max.has_value() &&
       *options.min > *options.max) {
@@ -232,6 +233,17 @@ void AddOptions(CLI::App& app, ReplayOptions& options, Fields& fields) {
   app.add_option("--address", options.address,
                  "The broker's socket, or a directory of sockets")
       ->type_name("PATH")
+      ->group(memory);
+  app.add_option("--gpu", options.gpu,
+                 "Of several brokers: a device's uuid, a prefix of it, or its "
+                 "index")
+      ->type_name("GPU")
+      ->group(memory);
+  app.add_option("--backend", options.backend,
+                 "The kind of memory that the broker lends: host or cuda [by "
+                 "the device's name: GPU-... has cuda]")
+      ->type_name("NAME")
+      ->check(CLI::IsMember({"host", "cuda"}))
       ->group(memory);
   app.add_option("--min", fields.min, "Guaranteed by the broker")
       ->type_name("SIZE")

@@ -42,6 +42,8 @@ struct ReplayOptions {
   KvGeometry geometry;                // of `model` and `scale`
   std::optional<Bytes> static_share;  // unset: elastic, from the broker
   std::string address;                // the broker's; empty: found by itself
+  std::string gpu;      // of several brokers; empty: there is one
+  std::string backend;  // "host", "cuda"; empty: what the device's name says
   std::optional<Bytes> min;
   std::optional<Bytes> max;
   std::optional<double> weight;

@@ -159,6 +159,10 @@ TEST(ReplayOptionsTest, ErrorsNameTheFlag) {
       {{"--weight", "0"}, "--weight must be above 0"},
       {{"--static-share", "1G", "--weight", "2"}, "--static-share needs no"},
       {{"--static-share", "1G", "--address", "/x"}, "--static-share needs no"},
+      {{"--static-share", "1G", "--gpu", "0"}, "--static-share needs no"},
+      {{"--static-share", "1G", "--backend", "cuda"},
+       "--static-share needs no"},
+      {{"--backend", "rocm"}, "--backend: "},
       {{"--status-fd", "-1"}, "--status-fd must be an open descriptor"},
   };
   for (const auto& [arguments, error] : cases) {

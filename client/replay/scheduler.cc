@@ -233,9 +233,8 @@ bool Scheduler::TakeBlocks(size_t request, int64_t blocks, Urgency urgency) {
     if (id >= owner_of_block_.size()) owner_of_block_.resize(id + 1, kNobody);
     owner_of_block_[id] = static_cast<int64_t>(request);
     if (pattern_ == nullptr) continue;
-    pattern_->Write(request, i,
-                    {source_.BlockData(held[i]),
-                     static_cast<size_t>(source_.block_bytes().count())});
+    pattern_->Write(request, i, source_.BeginWrite(held[i]));
+    source_.EndWrite(held[i]);
   }
   return true;
 }
@@ -245,9 +244,7 @@ void Scheduler::ReleaseBlocks(size_t request) {
   for (size_t i = 0; i < held.size(); ++i) {
     owner_of_block_[held[i]] = kNobody;
     if (pattern_ == nullptr) continue;
-    pattern_->Check(request, i,
-                    {source_.BlockData(held[i]),
-                     static_cast<size_t>(source_.block_bytes().count())});
+    pattern_->Check(request, i, source_.Read(held[i]));
   }
   source_.Free(held);
   held = {};

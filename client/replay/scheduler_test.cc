@@ -55,8 +55,11 @@ class ScriptedSource : public BlockSource {
     return capacity.value_or(pool_->CapacityBlocks());
   }
   BlockUsage Usage() const override { return pool_->Usage(); }
-  std::byte* BlockData(BlockId block) override {
-    return pool_->BlockData(block);
+  std::span<std::byte> BeginWrite(BlockId block) override {
+    return pool_->BeginWrite(block);
+  }
+  std::span<const std::byte> Read(BlockId block) override {
+    return pool_->Read(block);
   }
 
   bool refuse = false;              // no block for anybody
@@ -345,7 +348,7 @@ TEST(SchedulerTest, ABlockThatSomebodyElseWroteIsFound) {
   BlockPattern pattern(1);
   Scheduler scheduler(kOptions, {{0, 30, 20}}, source, &pattern);
   scheduler.Step(0);
-  source.BlockData(source.allocated[1])[13] ^= std::byte{1};
+  source.BeginWrite(source.allocated[1])[13] ^= std::byte{1};
   StepUntil(scheduler, kNever, 0.5);
   EXPECT_EQ(pattern.errors(), 1);
 }

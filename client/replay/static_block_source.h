@@ -33,7 +33,13 @@ class StaticBlockSource : public BlockSource {
   std::span<const BlockId> BlocksToVacate() override { return {}; }
   int64_t CapacityBlocks() const override { return blocks_; }
   BlockUsage Usage() const override;
-  std::byte* BlockData(BlockId block) override {
+  std::span<std::byte> BeginWrite(BlockId block) override {
+    return {BlockData(block), static_cast<size_t>(block_bytes().count())};
+  }
+  std::span<const std::byte> Read(BlockId block) override {
+    return {BlockData(block), static_cast<size_t>(block_bytes().count())};
+  }
+  std::byte* BlockData(BlockId block) {
     return memory_ + block_bytes().count() * block;
   }
 

@@ -5,7 +5,7 @@
 
 #include "absl/time/clock.h"
 #include "broker/base/status_macros.h"
-#include "client/arena/host_mapper.h"
+#include "client/arena/make_mapper.h"
 #include "client/session/grpc_link.h"
 
 namespace kvbroker::client {
@@ -22,11 +22,13 @@ constexpr absl::Duration kBelieveRefusal = absl::Milliseconds(500);
 absl::StatusOr<std::unique_ptr<Session>> TryOpenSession(
     const BrokerAddress& address, SessionOptions options,
     absl::Duration timeout) {
+  const std::string backend = options.backend;
   ASSIGN_OR_RETURN(std::unique_ptr<Session> session,
                    Session::Create(
                        std::move(options),
-                       [](const PoolGeometry& geometry) {
-                         return HostMapper::Create(geometry);
+                       [&](const PoolGeometry& geometry) {
+                         return MakeMapper(backend, address.device_uuid,
+                                           geometry);
                        },
                        Clock::Steady()));
   Session* const raw = session.get();
@@ -53,6 +55,9 @@ absl::StatusOr<std::unique_ptr<Session>> TryOpenSession(
 
 absl::StatusOr<std::unique_ptr<Session>> OpenSession(
     const BrokerAddress& address, SessionOptions options) {
+  if (options.backend.empty()) {
+    options.backend = UsualBackend(address.device_uuid);
+  }
   const absl::Time start = absl::Now();
   const absl::Time give_up = start + options.open_timeout;
   while (true) {

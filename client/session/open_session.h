@@ -13,6 +13,9 @@ namespace kvbroker::client {
 // Connects, opens and starts. Fails with what the broker said, or UNAVAILABLE
 // where there is none: a broker that is being restarted, whose socket is there
 // and does not answer, is waited for until `options.open_timeout` is over.
+//
+// An empty `options.backend` means the kind of memory that goes with the
+// address: "cuda" where its device is called GPU-..., else "host".
 absl::StatusOr<std::unique_ptr<Session>> OpenSession(
     const BrokerAddress& address, SessionOptions options);
 

@@ -337,14 +337,16 @@ void Session::Process(const Opened& opened) {
   }
   const bool resumes = open_by_ != absl::InfiniteFuture();
   open_by_ = absl::InfiniteFuture();
+  if (!options_.backend.empty() && opened.backend != options_.backend) {
+    return LeaveAlone(absl::FailedPreconditionError(absl::StrCat(
+        "the broker lends ", opened.backend, " memory, and this process maps ",
+        options_.backend, " memory: name another broker, or the other kind")));
+  }
   if (resumes && (opened.feature_bits & kFeatureResume) == 0) {
     // Nobody would know whose the pages are that this process maps.
-    connect_ = nullptr;
-    DropLink();
-    Process(Disconnected{absl::FailedPreconditionError(
+    return LeaveAlone(absl::FailedPreconditionError(
         "the new broker cannot take back what this process holds: restart this "
-        "process, or upgrade the broker")});
-    return;
+        "process, or upgrade the broker"));
   }
   limit_revision_ = opened.limit_revision;
   opened_at_ = clock_.Now();
@@ -520,6 +522,12 @@ void Session::Answered(Sequence sequence) {
 std::vector<Sequence> Session::Unanswered(Sequence last) {
   MutexLock lock(&mu_);
   return {unanswered_.begin(), unanswered_.upper_bound(last)};
+}
+
+void Session::LeaveAlone(absl::Status why) {
+  connect_ = nullptr;
+  DropLink();
+  Process(Disconnected{std::move(why)});
 }
 
 void Session::BreakOff(std::string_view what) {

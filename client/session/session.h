@@ -72,6 +72,9 @@ struct SessionOptions {
   // The operator ended this session. By default: says so on stderr and ends the
   // process with status 86.
   std::function<void(const std::string& reason)> on_fenced;
+  // The kind of memory that the mappers map ("host", "cuda"): a broker that lends
+  // another one is refused. Empty: any.
+  std::string backend;
   // Puts something around each pool's mapper, in the order of `pools`, such as
   // a recorder of what is mapped. None: nothing.
   std::function<std::unique_ptr<Mapper>(std::unique_ptr<Mapper>)> wrap_mapper;
@@ -183,6 +186,8 @@ class Session : public PoolSession, public LinkListener {
   // Of the questions up to `last`.
   std::vector<Sequence> Unanswered(Sequence last);
   Pool* FindPool(PoolId id);
+  // No broker that this process can use: the session stays without one.
+  void LeaveAlone(absl::Status why);
   // The broker did what no broker does: it is not listened to any more.
   void BreakOff(std::string_view what);
 

@@ -146,6 +146,16 @@ TEST_F(SessionTest, OpensUnderItsNameAndLimits) {
   EXPECT_EQ(a.pool().capacity_blocks(), 4 * kBlocksPerPage);
 }
 
+TEST_F(SessionTest, ABrokerThatLendsAnotherKindOfMemoryIsOfNoUse) {
+  SessionOptions options = OnePool("a");
+  options.backend = "cuda";
+  Engine& a = Start(std::move(options));
+  const absl::Status health = a.session->health();
+  EXPECT_TRUE(absl::IsFailedPrecondition(health)) << health;
+  EXPECT_THAT(health.message(), HasSubstr("lends fake memory"));
+  EXPECT_THAT(health.message(), HasSubstr("maps cuda memory"));
+}
+
 TEST_F(SessionTest, IsUnavailableUntilItIsOpen) {
   auto session = *Session::Create(
       OnePool("a"),

@@ -44,6 +44,8 @@ struct FakeCudaBooks {
   int64_t contexts;  // primary contexts retained
   int64_t pushed;    // contexts current in the calling thread
   int64_t events;
+  int64_t streams;
+  int64_t host_allocations;
 
   friend bool operator==(const FakeCudaBooks&, const FakeCudaBooks&) = default;
 };

@@ -30,6 +30,7 @@
 #include <condition_variable>
 #include <map>
 #include <mutex>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -105,7 +106,9 @@ struct Fake {
   std::map<unsigned long long, size_t> reservations;
   std::map<unsigned long long, Mapping> mappings;
   int retained[kMaxDevices] = {};
-  std::map<CUstream, Stream> streams;
+  std::map<CUstream, Stream> streams;    // those with work, whoever made them
+  std::set<CUstream> created_streams;
+  int host_allocations = 0;
   std::map<Event*, Event> events;
   int waiting = 0;
   std::condition_variable work_ended, waiter_came;
@@ -344,6 +347,10 @@ int EnterCuda(const char* call, Needs needs = Needs::kInit) {
 
 [[maybe_unused]] bool IsDevice(const Fake& f, int device) {
   return device >= 0 && device < static_cast<int>(f.visible.size());
+}
+
+[[maybe_unused]] bool IsStream(const Fake& f, CUstream stream) {
+  return stream == nullptr || f.created_streams.contains(stream);
 }
 
 #if FAKE_CUDA_VERSION >= 10020
@@ -681,7 +688,78 @@ EXPORTED CUresult cuMemcpyDtoH_v2(void* to, CUdeviceptr from, size_t size) {
   return CUDA_SUCCESS;
 }
 
+// Streams have no order of their own here: a copy is done when it is queued.
+EXPORTED CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void* from,
+                                       size_t size, CUstream stream) {
+  ENTER(Needs::kContext);
+  if (!IsStream(f, stream)) return CUDA_ERROR_INVALID_HANDLE;
+  if (!IsAccessible(f, to, size)) return CUDA_ERROR_INVALID_VALUE;
+  memcpy(Address(to), from, size);
+  return CUDA_SUCCESS;
+}
+
+EXPORTED CUresult cuMemcpyDtoHAsync_v2(void* to, CUdeviceptr from, size_t size,
+                                       CUstream stream) {
+  ENTER(Needs::kContext);
+  if (!IsStream(f, stream)) return CUDA_ERROR_INVALID_HANDLE;
+  if (!IsAccessible(f, from, size)) return CUDA_ERROR_INVALID_VALUE;
+  memcpy(to, Address(from), size);
+  return CUDA_SUCCESS;
+}
+
 #endif  // FAKE_CUDA_VERSION >= 10020
+
+EXPORTED CUresult cuStreamCreate(CUstream* stream, unsigned int flags) {
+  ENTER(Needs::kContext);
+  *stream = new char;
+  f.created_streams.insert(*stream);
+  return CUDA_SUCCESS;
+}
+
+EXPORTED CUresult cuStreamSynchronize(CUstream stream) {
+  ENTER(Needs::kContext);
+  if (!IsStream(f, stream)) return CUDA_ERROR_INVALID_HANDLE;
+  const unsigned long long upto = f.streams[stream].begun;
+  f.work_ended.wait(lock, [&] {
+    return f.poison != 0 || f.streams[stream].ended >= upto;
+  });
+  return f.poison;
+}
+
+EXPORTED CUresult cuStreamDestroy_v2(CUstream stream) {
+  ENTER(Needs::kContext);
+  if (f.created_streams.erase(stream) == 0) return CUDA_ERROR_INVALID_HANDLE;
+  f.streams.erase(stream);
+  delete static_cast<char*>(stream);
+  return CUDA_SUCCESS;
+}
+
+// Likewise called when it is queued.
+EXPORTED CUresult cuLaunchHostFunc(CUstream stream, CUhostFn function,
+                                   void* data) {
+  {
+    ENTER(Needs::kContext);
+    if (!IsStream(f, stream)) return CUDA_ERROR_INVALID_HANDLE;
+  }
+  function(data);
+  return CUDA_SUCCESS;
+}
+
+EXPORTED CUresult cuMemHostAlloc(void** memory, size_t size,
+                                 unsigned int flags) {
+  ENTER(Needs::kContext);
+  *memory = malloc(size);
+  if (*memory == nullptr) return CUDA_ERROR_OUT_OF_MEMORY;
+  ++f.host_allocations;
+  return CUDA_SUCCESS;
+}
+
+EXPORTED CUresult cuMemFreeHost(void* memory) {
+  ENTER(Needs::kContext);
+  free(memory);
+  --f.host_allocations;
+  return CUDA_SUCCESS;
+}
 
 EXPORTED CUresult cuDevicePrimaryCtxRetain(CUcontext* context,
                                            CUdevice device) {
@@ -870,6 +948,9 @@ EXPORTED void fakeCudaReset() {
   f.handles.clear();
   f.events.clear();
   f.streams.clear();
+  for (CUstream stream : f.created_streams) delete static_cast<char*>(stream);
+  f.created_streams.clear();
+  f.host_allocations = 0;
   f.failures.clear();
   f.latencies.clear();
   f.calls.clear();
@@ -945,7 +1026,9 @@ EXPORTED void fakeCudaBooks(int64_t* books) {
                              static_cast<int64_t>(f.mappings.size()),
                              contexts_retained,
                              static_cast<int64_t>(current.size()),
-                             static_cast<int64_t>(f.events.size())};
+                             static_cast<int64_t>(f.events.size()),
+                             static_cast<int64_t>(f.created_streams.size()),
+                             f.host_allocations};
   memcpy(books, figures, sizeof(figures));
 }
 

@@ -24,6 +24,7 @@ using CUmemGenericAllocationHandle = unsigned long long;
 using CUcontext = void*;
 using CUstream = void*;
 using CUevent = void*;
+using CUhostFn = void (*)(void* data);
 
 struct CUuuid {
   unsigned char bytes[16];
@@ -74,6 +75,7 @@ inline constexpr int kHandlePosixDescriptor = 1;  // CUmemAllocationHandleType
 inline constexpr int kLocationDevice = 1;         // CUmemLocationType
 inline constexpr int kAccessReadWrite = 3;        // CUmemAccess_flags
 inline constexpr int kGranularityMinimum = 0;
+inline constexpr unsigned int kStreamNonBlocking = 1;
 inline constexpr unsigned int kEventBlockingSync = 1;
 inline constexpr unsigned int kEventDisableTiming = 2;
 
@@ -147,10 +149,23 @@ static_assert(sizeof(CUmemAccessDesc) == 12);
   X(kContext, cuEventRecord, "cuEventRecord", CUevent event, CUstream stream)  \
   X(kContext, cuEventSynchronize, "cuEventSynchronize", CUevent event)         \
   X(kContext, cuEventDestroy, "cuEventDestroy_v2", CUevent event)              \
+  X(kContext, cuStreamCreate, "cuStreamCreate", CUstream* stream,              \
+    unsigned int flags)                                                        \
+  X(kContext, cuStreamSynchronize, "cuStreamSynchronize", CUstream stream)     \
+  X(kContext, cuStreamDestroy, "cuStreamDestroy_v2", CUstream stream)          \
+  X(kContext, cuLaunchHostFunc, "cuLaunchHostFunc", CUstream stream,           \
+    CUhostFn function, void* data)                                             \
+  X(kContext, cuMemHostAlloc, "cuMemHostAlloc", void** memory, size_t size,    \
+    unsigned int flags)                                                        \
+  X(kContext, cuMemFreeHost, "cuMemFreeHost", void* memory)                    \
   X(kContext, cuMemcpyHtoD, "cuMemcpyHtoD_v2", CUdeviceptr to,                 \
     const void* from, size_t size)                                             \
   X(kContext, cuMemcpyDtoH, "cuMemcpyDtoH_v2", void* to, CUdeviceptr from,     \
-    size_t size)
+    size_t size)                                                               \
+  X(kContext, cuMemcpyHtoDAsync, "cuMemcpyHtoDAsync_v2", CUdeviceptr to,       \
+    const void* from, size_t size, CUstream stream)                            \
+  X(kContext, cuMemcpyDtoHAsync, "cuMemcpyDtoHAsync_v2", void* to,             \
+    CUdeviceptr from, size_t size, CUstream stream)
 
 // --- NVML --------------------------------------------------------------------
 

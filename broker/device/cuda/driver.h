@@ -42,6 +42,7 @@ struct CudaFunctions {
   using CUcontext = cuda::CUcontext;
   using CUstream = cuda::CUstream;
   using CUevent = cuda::CUevent;
+  using CUhostFn = cuda::CUhostFn;
   using CUuuid = cuda::CUuuid;
   using CUmemAllocationProp = cuda::CUmemAllocationProp;
   using CUmemAccessDesc = cuda::CUmemAccessDesc;

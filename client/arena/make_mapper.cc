@@ -1,0 +1,28 @@
+#include "client/arena/make_mapper.h"
+
+#include "absl/strings/str_cat.h"
+#include "broker/base/status_macros.h"
+#include "client/arena/cuda_driver.h"
+#include "client/arena/cuda_mapper.h"
+#include "client/arena/host_mapper.h"
+
+namespace kvbroker::client {
+
+std::string UsualBackend(std::string_view device_uuid) {
+  return device_uuid.starts_with("GPU-") ? "cuda" : "host";
+}
+
+absl::StatusOr<std::unique_ptr<Mapper>> MakeMapper(
+    std::string_view backend, std::string_view device_uuid,
+    const PoolGeometry& geometry) {
+  if (backend == "host") return HostMapper::Create(geometry);
+  if (backend == "cuda") {
+    ASSIGN_OR_RETURN(const CudaDriver* driver, LoadedCudaDriver());
+    return CudaMapper::Create(geometry, *driver, device_uuid);
+  }
+  return absl::InvalidArgumentError(
+      absl::StrCat("a backend is one of host, cuda; it is \"",
+                   absl::string_view(backend.data(), backend.size()), "\""));
+}
+
+}  // namespace kvbroker::client

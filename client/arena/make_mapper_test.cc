@@ -1,0 +1,56 @@
+#include "client/arena/make_mapper.h"
+
+#include <cstdlib>
+
+#include "client/arena/cuda_mapper.h"
+#include "client/arena/host_mapper.h"
+#include "gtest/gtest.h"
+#include "tests/fake_cuda/control.h"
+
+namespace kvbroker::client {
+namespace {
+
+constexpr char kGpu[] = "GPU-fa6e0000-0000-4000-8000-000000000000";
+
+const PoolGeometry kGeometry = {
+    .handle_bytes = MiB(2), .handles_per_page = 1, .max_pages = 4};
+
+TEST(MakeMapperTest, TheDevicesNameSaysTheKind) {
+  EXPECT_EQ(UsualBackend(kGpu), "cuda");
+  EXPECT_EQ(UsualBackend("HOST-42"), "host");
+  EXPECT_EQ(UsualBackend(""), "host");
+}
+
+TEST(MakeMapperTest, HostMemoryNeedsNoDriver) {
+  auto mapper = MakeMapper("host", "HOST-42", kGeometry);
+  ASSERT_TRUE(mapper.ok()) << mapper.status();
+  EXPECT_NE(dynamic_cast<HostMapper*>(mapper->get()), nullptr);
+}
+
+TEST(MakeMapperTest, AnUnknownKindIsAnsweredWithTheKnownOnes) {
+  auto mapper = MakeMapper("rocm", "HOST-42", kGeometry);
+  EXPECT_EQ(mapper.status(), absl::InvalidArgumentError(
+                                 "a backend is one of host, cuda; it is "
+                                 "\"rocm\""));
+}
+
+TEST(MakeMapperTest, CudaMemoryIsMappedOnTheGpuOfThatNameOnly) {
+  // Before there is a driver, and then with one: a failure is not remembered.
+  setenv("KVBROKER_CUDA_DRIVER", "/nowhere/libcuda.so.1", 1);
+  EXPECT_TRUE(
+      absl::IsNotFound(MakeMapper("cuda", kGpu, kGeometry).status()));
+  FakeCuda fake = FakeCuda::Open();
+  setenv("KVBROKER_CUDA_DRIVER", fake.paths().cuda.c_str(), 1);
+  setenv("KVBROKER_NVML", fake.paths().nvml.c_str(), 1);
+  {
+    auto mapper = MakeMapper("cuda", kGpu, kGeometry);
+    ASSERT_TRUE(mapper.ok()) << mapper.status();
+    EXPECT_NE(dynamic_cast<CudaMapper*>(mapper->get()), nullptr);
+  }
+  auto other = MakeMapper("cuda", "GPU-00000000-0000-0000-0000-000000000000",
+                          kGeometry);
+  EXPECT_TRUE(absl::IsNotFound(other.status())) << other.status();
+}
+
+}  // namespace
+}  // namespace kvbroker::client
