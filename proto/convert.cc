@@ -155,6 +155,17 @@ void Put(const Resume& resume, v1::ClientMessage* wire) {
   out->set_last(resume.last);
 }
 
+void Put(const MakeRoom& room, v1::ClientMessage* wire) {
+  v1::MakeRoom* out = wire->mutable_make_room();
+  out->set_sequence(room.sequence.value());
+  out->set_declared_peak_bytes(ToWireBytes(room.declared_peak));
+  out->set_deadline_ms(ToWireMillis(room.deadline, kMaxDeadline));
+}
+
+void Put(const RoomMade& made, v1::BrokerMessage* wire) {
+  wire->mutable_room_made()->set_sequence(made.sequence.value());
+}
+
 void Put(const Opened& opened, v1::BrokerMessage* wire) {
   v1::Opened* out = wire->mutable_opened();
   out->set_protocol_version(opened.protocol_version);
@@ -472,6 +483,19 @@ absl::StatusOr<ClientMessage> Take(const v1::Resume& wire) {
   return resume;
 }
 
+absl::StatusOr<ClientMessage> Take(const v1::MakeRoom& wire) {
+  MakeRoom room;
+  ASSIGN_OR_RETURN(room.sequence, FromWireId<Sequence>("make_room.sequence",
+                                                       wire.sequence()));
+  ASSIGN_OR_RETURN(room.declared_peak,
+                   FromWireBytes("make_room.declared_peak_bytes",
+                                 wire.declared_peak_bytes()));
+  RETURN_IF_ERROR(CheckRange("make_room.deadline_ms", wire.deadline_ms(), 0,
+                             absl::ToInt64Milliseconds(kMaxDeadline)));
+  room.deadline = absl::Milliseconds(wire.deadline_ms());
+  return room;
+}
+
 absl::StatusOr<BrokerMessage> Take(const v1::Opened& wire) {
   Opened opened;
   opened.protocol_version = wire.protocol_version();
@@ -610,6 +634,8 @@ absl::StatusOr<ClientMessage> FromWire(const v1::ClientMessage& wire) {
       return LimitAck{.revision = wire.limit_ack().revision()};
     case v1::ClientMessage::kResume:
       return Take(wire.resume());
+    case v1::ClientMessage::kMakeRoom:
+      return Take(wire.make_room());
     case v1::ClientMessage::KIND_NOT_SET:
       break;
   }
@@ -630,6 +656,8 @@ absl::StatusOr<BrokerMessage> FromWire(const v1::BrokerMessage& wire) {
       return Take(wire.limit_changed());
     case v1::BrokerMessage::kFenced:
       return Take(wire.fenced());
+    case v1::BrokerMessage::kRoomMade:
+      return RoomMade{.sequence = Sequence(wire.room_made().sequence())};
     case v1::BrokerMessage::KIND_NOT_SET:
       break;
   }

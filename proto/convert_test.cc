@@ -68,7 +68,8 @@ std::vector<ClientMessage> EveryClientMessage() {
           Report{PoolId(2), 1, 2, 3, 2, absl::Milliseconds(120), Revision(3)},
           Resend{Sequence(7)},
           LimitAck{9},
-          Resume{PoolId(2), SomePages(), true}};
+          Resume{PoolId(2), SomePages(), true},
+          MakeRoom{Sequence(6), GiB(20), absl::Seconds(30)}};
 }
 
 std::vector<BrokerMessage> EveryBrokerMessage() {
@@ -93,7 +94,8 @@ std::vector<BrokerMessage> EveryBrokerMessage() {
           Reclaim{PoolId(1), Revision(2), kHoldAny, Tier::kPreempt,
                   absl::Seconds(2)},
           LimitChanged{4, GiB(1), GiB(2)},
-          Fenced{"by the operator"}};
+          Fenced{"by the operator"},
+          RoomMade{Sequence(6)}};
 }
 
 TEST(ConvertTest, EveryClientMessageComesBackTheSame) {
@@ -281,6 +283,20 @@ TEST(ConvertTest, DamagedOpenIsRefusedByField) {
         }},
        {"labels", [](auto& m) {
           (*m.mutable_open()->mutable_labels())["k"] = std::string(256, 'v');
+        }}});
+}
+
+TEST(ConvertTest, DamagedMakeRoomIsRefusedByField) {
+  ExpectRefused(
+      MakeRoom{Sequence(6), GiB(20), absl::Seconds(30)},
+      {{"make_room.sequence",
+        [](auto& m) { m.mutable_make_room()->set_sequence(0); }},
+       {"make_room.declared_peak_bytes",
+        [](auto& m) {
+          m.mutable_make_room()->set_declared_peak_bytes(~0ull);
+        }},
+       {"make_room.deadline_ms", [](auto& m) {
+          m.mutable_make_room()->set_deadline_ms(600'001);
         }}});
 }
 

@@ -23,6 +23,8 @@ namespace kvbroker {
 inline constexpr uint32_t kProtocolVersion = 1;
 // Bits of Open.feature_bits and Opened.feature_bits.
 inline constexpr uint64_t kFeatureResume = 1;
+inline constexpr uint64_t kFeatureMakeRoom = 2;
+inline constexpr uint64_t kFeatures = kFeatureResume | kFeatureMakeRoom;
 // A Reclaim with this target lifts the order in force.
 inline constexpr PageCount kHoldAny = 0xffffffff;
 
@@ -64,7 +66,7 @@ struct Resuming {
 
 struct Open {
   uint32_t protocol_version = kProtocolVersion;
-  uint64_t feature_bits = kFeatureResume;
+  uint64_t feature_bits = kFeatures;
   Nonce nonce{};
   std::string instance;
   std::string member;
@@ -140,9 +142,15 @@ struct LimitAck {
   uint64_t revision = 0;
 };
 
+struct MakeRoom {
+  Sequence sequence;
+  Bytes declared_peak;
+  absl::Duration deadline;
+};
+
 using ClientMessage =
     std::variant<Open, Acquire, Cancel, Mapped, Return, ReclaimAnswer, Report,
-                 Resend, LimitAck, Resume>;
+                 Resend, LimitAck, Resume, MakeRoom>;
 
 // ---- broker to engine ----
 
@@ -192,8 +200,12 @@ struct Fenced {
   std::string reason;
 };
 
-using BrokerMessage =
-    std::variant<Opened, Granted, Refused, Reclaim, LimitChanged, Fenced>;
+struct RoomMade {
+  Sequence sequence;
+};
+
+using BrokerMessage = std::variant<Opened, Granted, Refused, Reclaim,
+                                   LimitChanged, Fenced, RoomMade>;
 
 }  // namespace kvbroker
 

@@ -205,6 +205,10 @@ const std::vector<Setting>& Settings() {
        [](const BrokerConfig& config) {
          return absl::StrJoin(config.allow_uids, ",");
        }},
+      OneOf("charge", "broker, engine",
+            "Whom the device's tools charge for lent pages: nobody, since the "
+            "broker holds them, or each engine for what it maps.",
+            &BrokerConfig::charge),
       OneOf("tenant_by", "uid_pidns, uid, socket",
             "What tells tenants apart, who share neither names nor pages.",
             &BrokerConfig::tenant_by),

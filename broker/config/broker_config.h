@@ -48,6 +48,7 @@ struct BrokerConfig {
   std::string device_uuid;  // instead of the machine's own, for `host`
   CapacityWish capacity;
   Bytes headroom = GiB(2);
+  std::string charge = "broker";
   std::string socket_dir;  // empty: /run/kvbroker for root, else the user's own
   std::string socket_group;  // name or number; empty: none
   std::vector<uint32_t> allow_uids;

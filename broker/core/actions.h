@@ -49,13 +49,15 @@ struct Actions {
   std::vector<MakePages> make;
   std::vector<SendHandles> send;
   std::vector<HandleRef> release;
+  // As release, of pages that stay lent.
+  std::vector<HandleRef> let_go;
   std::vector<std::string> log;
   bool remember = false;  // CoreOptions.remember is to be called
   std::vector<HistoryEvent> history;
 
   bool empty() const {
     return tell.empty() && close.empty() && make.empty() && send.empty() &&
-           release.empty() && forgotten.empty() && log.empty() && !remember &&
+           release.empty() && let_go.empty() && forgotten.empty() && log.empty() && !remember &&
            history.empty();
   }
 };

@@ -36,10 +36,10 @@ absl::string_view View(std::string_view s) { return {s.data(), s.size()}; }
 PolicySnapshot Core::TakeSnapshot() {
   const absl::Time now = Now();
   PolicySnapshot snapshot;
-  snapshot.capacity = ledger_.capacity();
+  snapshot.capacity = ledger_.lendable();
   snapshot.free = ledger_.grantable();
   // What is overdrawn has to come back first.
-  snapshot.coming = std::max(Bytes(0), ledger_.capacity() - ledger_.lent() -
+  snapshot.coming = std::max(Bytes(0), ledger_.lendable() - ledger_.lent() -
                                            ledger_.credit()) -
                     snapshot.free;
   absl::flat_hash_map<PoolId, size_t> place;
@@ -323,8 +323,25 @@ void Core::Arbitrate(Actions& actions) {
       above_limit = true;
     }
   }
+  if (ledger_.overdrawn() == Bytes(0)) {
+    overdrawn_since_ = absl::InfiniteFuture();
+  } else if (overdrawn_since_ == absl::InfiniteFuture()) {
+    overdrawn_since_ = now;
+  }
+  if (overdrawn_since_ <= now) {
+    // A promise that cannot be kept.
+    for (auto& [key, instance] : ledger_.instances()) {
+      if (instance.credit == Bytes(0)) continue;
+      ledger_.DropCredit(instance, instance.credit);
+      Record(HistoryEvent::Kind::kCredit, instance, actions);
+    }
+  }
   TrimStock(actions);
-  if (claims_.empty() && !above_limit && ordered_.empty()) return;
+  SettleRooms(actions);
+  const bool room_needed = ledger_.lent() > ledger_.lendable();
+  if (claims_.empty() && !above_limit && !room_needed && ordered_.empty()) {
+    return;
+  }
   if (HoldsForResume()) {
     for (auto it = claims_.begin(); it != claims_.end();) {
       it->reason = WhoIsToResume();
@@ -367,6 +384,13 @@ void Core::Arbitrate(Actions& actions) {
       }
       ++index;
     }
+  }
+
+  if (room_needed) {
+    // What comes back for it is for the device.
+    std::vector<Take> takes = TakesToMakeRoom(snapshot);
+    ask(takes);
+    TakeOut(takes, snapshot);
   }
 
   struct Waiting {
@@ -499,7 +523,8 @@ void Core::ExpireClaims(Actions& actions) {
     Refuse(claim, absl::StatusCode::kUnavailable,
            absl::StrCat(
                "not enough memory within the deadline: ",
-               claim.last_error.empty() ? claim.reason : claim.last_error),
+               claim.last_error.empty() ? claim.reason : claim.last_error,
+               OthersInWords()),
            actions);
   }
 }
@@ -583,7 +608,12 @@ void Core::ExpireDescriptors(Actions& actions) {
 }
 
 absl::Time Core::NextDue() {
-  absl::Time due = pump_at_;
+  absl::Time due = std::min(pump_at_, measure_at_);
+  for (const Room& room : rooms_) due = std::min(due, room.deadline);
+  if (overdrawn_since_ <= Now() &&
+      Now() < overdrawn_since_ + options_.policy.patience) {
+    due = std::min(due, overdrawn_since_ + options_.policy.patience);
+  }
   if (IsWindowTight()) {
     for (const auto& [id, session] : sessions_) {
       if (session.exported.empty()) continue;
@@ -622,6 +652,7 @@ absl::Time Core::NextDue() {
 }
 
 absl::Time Core::RunDue() {
+  Measure();
   Actions actions;
   {
     MutexLock lock(&mu_);

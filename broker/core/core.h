@@ -50,6 +50,7 @@
 #include "broker/core/status.h"
 #include "broker/device/backend.h"
 #include "broker/ledger/ledger.h"
+#include "broker/policy/policy.h"
 #include "broker/policy/policy_config.h"
 #include "broker/policy/snapshot.h"
 #include "proto/messages.h"
@@ -64,6 +65,17 @@ struct CoreOptions {
   Clock* clock = nullptr;      // outlives the core
   // Bytes that may be lent; at most the device's total.
   Bytes capacity;
+  // Of a device that others use as well: what is to stay free beside all that is
+  // lent and used. What others use is read from the backend (RunDue does it),
+  // and what they use or have declared is not lent. Unset: the device is the
+  // broker's alone.
+  std::optional<Bytes> headroom;
+  // Who is charged for lent memory. kBroker: the broker keeps its handles and can
+  // pass pages on within a tenant. kEngine: it gives them up once the engine has
+  // mapped, so that the device's tools charge the engine, and pages are made
+  // anew each time.
+  enum class Charge { kBroker, kEngine };
+  Charge charge = Charge::kBroker;
   PolicyConfig policy;
   uint64_t incarnation = 0;
   // Stock: what comes back is kept for the next claim of the same tenant and
@@ -190,6 +202,8 @@ class Core {
                   Actions& actions) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   absl::Status On(SessionState& session, const Resume& message,
                   Actions& actions) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  absl::Status On(SessionState& session, const MakeRoom& message,
+                  Actions& actions) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Pages come back from the peer, whatever message says so.
   absl::Status TakeBack(SessionState& session, PoolId pool,
                         const std::vector<PageName>& pages, Actions& actions)
@@ -228,6 +242,28 @@ class Core {
   // No grants: engines of the last broker are still to say what they hold.
   bool HoldsForResume() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   std::string WhoIsToResume() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+
+  // ---- others.cc: memory of the device that is not lent ----
+  // What of the device's used memory may be this broker's, and what surely is.
+  struct Books {
+    Bytes surely, possibly;
+  };
+  Books ReadBooks() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Reads what the device has in use. Without the lock.
+  void Measure() ABSL_LOCKS_EXCLUDED(mu_);
+  void MeasureSoon(absl::Duration delay) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Takes what others use, or have declared, off what may be lent.
+  void UpdateOthers(Actions& actions) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  Bytes SumOfDeclared() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // What may be lent where so much of the device is not the broker's.
+  Bytes LendableBeside(Bytes foreign) const;
+  // What more is lent than others leave room for.
+  std::vector<Take> TakesToMakeRoom(const PolicySnapshot& snapshot)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Answers those who wait for room.
+  void SettleRooms(Actions& actions) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // For people, where others are the reason: "; 20 GiB of the device ...".
+  std::string OthersInWords() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
   // ---- arbitration.cc: claims, orders, time ----
   PolicySnapshot TakeSnapshot() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
@@ -339,6 +375,16 @@ class Core {
   absl::Time hold_until_ ABSL_GUARDED_BY(mu_) = absl::InfinitePast();
   bool hold_for_unknown_ ABSL_GUARDED_BY(mu_) = false;
   absl::Time may_adopt_any_until_ ABSL_GUARDED_BY(mu_) = absl::InfinitePast();
+  // Others. Used by them, as measured; a growth counts when a second reading
+  // shows it, too.
+  Bytes foreign_ ABSL_GUARDED_BY(mu_);
+  std::optional<std::pair<absl::Time, Bytes>> suspected_ ABSL_GUARDED_BY(mu_);
+  absl::Time measured_at_ ABSL_GUARDED_BY(mu_) = absl::InfinitePast();
+  absl::Time measure_at_ ABSL_GUARDED_BY(mu_) = absl::InfiniteFuture();
+  bool measuring_fails_ ABSL_GUARDED_BY(mu_) = false;
+  // Since when more is lent than others leave room for.
+  absl::Time overdrawn_since_ ABSL_GUARDED_BY(mu_) = absl::InfiniteFuture();
+  std::list<Room> rooms_ ABSL_GUARDED_BY(mu_);
   uint64_t recorded_ ABSL_GUARDED_BY(mu_) = 0;  // events of the history
   // What RunDue answered last: `wake` is called when something is due earlier.
   absl::Time promised_ ABSL_GUARDED_BY(mu_) = absl::InfiniteFuture();

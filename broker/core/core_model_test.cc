@@ -117,6 +117,30 @@ TEST_P(CoreModelTest, WhatWasAcknowledgedIsNotAnsweredAgain) {
   EXPECT_EQ(CoreModel::Run(program, nullptr, GetParam()), absl::OkStatus());
 }
 
+// A claim was replaced while its pages were being made, which failed: it waited
+// on beside the one in its place, and kept memory from it.
+TEST_P(CoreModelTest, AClaimThatIsReplacedWhileItIsMadeWaitsNoMore) {
+  const std::vector<Instruction> program = {
+      {Op::kStart, 5, 2880, 8606, 8195},
+      {Op::kAsk, 5, 2437, 5667, 3848},
+      {Op::kAsk, 5, 16170, 7304, 13210},
+      {Op::kStart, 2, 6224, 5336, 4959},
+      {Op::kAsk, 5, 16113, 8513, 16029},
+      {Op::kCooperate, 5, 2239, 12364, 3536},
+      {Op::kHangUp, 5, 10770, 4279, 8348},
+      {Op::kStart, 4, 6507, 8218, 7537},
+      {Op::kAsk, 2, 3906, 3668, 7149},
+      {Op::kFailCreates, 1, 1877, 1056, 6494},
+      {Op::kAsk, 4, 14642, 13903, 6319},
+      {Op::kAsk, 4, 7462, 5988, 6131},
+      {Op::kAsk, 2, 14037, 1962, 9903},
+      {Op::kTick, 4, 300, 10023, 1851},
+      {Op::kAdvance, 0, 2500, 10129, 5287},
+      {Op::kCooperate, 3, 6648, 1401, 12121},
+  };
+  EXPECT_EQ(CoreModel::Run(program, nullptr, GetParam()), absl::OkStatus());
+}
+
 INSTANTIATE_TEST_SUITE_P(Inline, CoreModelTest,
                          testing::Values(CoreModel::Bulk::kInline));
 INSTANTIATE_TEST_SUITE_P(OnExecutor, CoreModelTest,

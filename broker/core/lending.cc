@@ -56,6 +56,11 @@ void Core::Run(Actions actions) {
         MakeOnExecutor(std::make_shared<MakePages>(std::move(make)));
       }
     }
+    if (!IsSmall(actions.let_go.size(), done)) {
+      options_.executor([handles = std::make_shared<std::vector<HandleRef>>(
+                             std::move(actions.let_go))] { handles->clear(); });
+    }
+    actions.let_go.clear();
     for (auto& [listener, reason] : actions.close) listener->Close(reason);
     if (!actions.release.empty()) {
       if (IsSmall(actions.release.size(), done)) {
@@ -132,7 +137,7 @@ void Core::ReleaseSome(std::vector<HandleRef>& handles, size_t step,
   if (auto* event = Record(HistoryEvent::Kind::kReleased, next)) {
     event->bytes = bytes;
   }
-  if (!claims_.empty()) Arbitrate(next);
+  if (!claims_.empty() || !rooms_.empty()) Arbitrate(next);
 }
 
 void Core::FinishMake(MakePages make, Actions& next) {
@@ -194,6 +199,7 @@ void Core::FinishMake(MakePages make, Actions& next) {
     const absl::Duration retry =
         kRetry + kRetryPerHandle * static_cast<int64_t>(many);
     ReleaseStock(next);  // the device, or this process, is short of something
+    MeasureSoon(absl::ZeroDuration());
     if (cancelled) {
       Refuse(make.claim, absl::StatusCode::kCancelled, "cancelled", next);
     } else if (make.claim.urgency == Urgency::kSpeculative || draining_) {

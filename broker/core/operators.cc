@@ -132,6 +132,9 @@ CoreSnapshot Core::Snapshot() {
   broker.capacity = ledger_.capacity();
   broker.held = ledger_.lent() + ledger_.credit();
   broker.stock = ledger_.stock();
+  broker.others = ledger_.others();
+  broker.foreign = foreign_;
+  broker.declared = SumOfDeclared();
   broker.sessions = static_cast<uint32_t>(sessions_.size());
   broker.uptime = Now() - started_;
   broker.draining = draining_;

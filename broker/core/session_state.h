@@ -66,6 +66,14 @@ struct Resumption {
   Bytes adopted;
 };
 
+// A MakeRoom that has not been answered.
+struct Room {
+  SessionId session;
+  Sequence sequence;
+  absl::Time since;
+  absl::Time deadline;
+};
+
 //   RESUMING --last Resume--> CONNECTED --HungUp--> GONE QUIET --> erased
 //                                |  when its process is gone, or goes on in
 //                                |  another session           ^
@@ -75,6 +83,8 @@ struct SessionState {
   Peer peer;
   std::string member;
   uint32_t rank = 0;
+  // What the process needs of the device besides pages.
+  Bytes declared_peak;
   std::shared_ptr<SessionListener> listener;
   bool connected = true;
   std::optional<Resumption> resumption;

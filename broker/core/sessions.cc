@@ -330,9 +330,12 @@ absl::StatusOr<SessionId> Core::OpenSession(
     state.resumption = std::move(resumption);
     state.member = open.member;
     state.rank = open.rank;
+    state.declared_peak = open.declared_peak;
     state.listener = listener;
+    MeasureSoon(absl::ZeroDuration());
+    UpdateOthers(actions);
 
-    opened.feature_bits = open.feature_bits & kFeatureResume;
+    opened.feature_bits = open.feature_bits & kFeatures;
     opened.incarnation = options_.incarnation;
     opened.session = id;
     opened.instance = name;
@@ -367,6 +370,8 @@ absl::StatusOr<SessionId> Core::OpenSession(
   {
     MutexLock lock(&mu_);
     // Another session may have gone on for it already.
+    // What it has declared may have to come from others.
+    if (ledger_.overdrawn() > Bytes(0)) Arbitrate(actions);
     if (auto it = sessions_.find(id); it != sessions_.end()) {
       it->second.opened = true;
       const LedgerInstance& instance =
@@ -506,6 +511,11 @@ absl::Status Core::On(SessionState& session, const Acquire& acquire,
       Claim replaced = std::move(*old);
       claims_.erase(old);
       Refuse(replaced, absl::StatusCode::kCancelled, "replaced", actions);
+    } else if (auto making = session.making.find(acquire.replaces);
+               making != session.making.end()) {
+      // It is about to be granted; where the backend fails, it does not wait
+      // beside what takes its place.
+      making->second = true;
     }
   }
   if (session.fenced) {
@@ -573,7 +583,16 @@ absl::Status Core::On(SessionState& session, const Mapped& mapped,
                       failed.end(), std::back_inserter(held));
   session.unmapped.erase(it);
   std::erase(session.to_send, grant.id);
-  ledger_.ConfirmMapped(*ledger_.FindPool(grant.pool), held);
+  LedgerPool& pool = *ledger_.FindPool(grant.pool);
+  ledger_.ConfirmMapped(pool, held);
+  if (options_.charge == CoreOptions::Charge::kEngine) {
+    for (PageName page : held) {
+      // Returned before it was acknowledged.
+      if (ledger_.FindPage(pool, page) == nullptr) continue;
+      absl::c_move(ledger_.LetGo(pool, page),
+                   std::back_inserter(actions.let_go));
+    }
+  }
   if (failed.empty()) return absl::OkStatus();
   actions.log.push_back(absl::StrCat("map-failed session=", session.id.value(),
                                      " grant=", grant.id.value(),
@@ -823,6 +842,7 @@ void Core::EraseSession(SessionId id, std::string_view why, Actions& actions) {
   std::vector<HandleRef> handles = ledger_.CloseSession(id, Now());
   actions.forgotten.push_back(std::move(state.listener));
   sessions_.erase(id);
+  UpdateOthers(actions);
   Recycle(tenant, std::move(handles), actions);
   if (absl::c_none_of(sessions_, [&](const auto& other) {
         return other.second.peer.tenant == tenant;

@@ -35,6 +35,9 @@ struct BrokerStatus {
   std::string device_uuid;
   uint64_t incarnation = 0;
   Bytes total, capacity, held, stock;
+  // Of the capacity, not lent at present: others use the device, too. `foreign`:
+  // what they use; `declared`: what engines will need besides pages.
+  Bytes others, foreign, declared;
   uint32_t sessions = 0;
   absl::Duration uptime;
   bool draining = false;

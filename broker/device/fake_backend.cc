@@ -198,6 +198,11 @@ void FakeBackend::SetForeignBytes(Bytes foreign) {
   foreign_ = foreign;
 }
 
+Bytes FakeBackend::foreign_bytes() {
+  MutexLock lock(&mu_);
+  return foreign_;
+}
+
 FakeBackend::Counts FakeBackend::counts() {
   MutexLock lock(&mu_);
   return counts_;

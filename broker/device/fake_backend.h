@@ -89,6 +89,7 @@ class FakeBackend : public Backend {
   void OnCreate(std::function<void(Bytes size)> hook);
   // Memory that somebody else takes from the device.
   void SetForeignBytes(Bytes foreign);
+  Bytes foreign_bytes();
 
   // --- What a test asks ------------------------------------------------------
   Counts counts();

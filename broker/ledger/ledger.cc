@@ -1,6 +1,7 @@
 #include "broker/ledger/ledger.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "absl/container/flat_hash_set.h"
 #include "absl/strings/str_cat.h"
@@ -140,7 +141,10 @@ std::vector<PageName> Ledger::Charge(LedgerPool& pool, GrantId grant,
     it->second.grant = grant;
     names.push_back({index, pool.last_generation});
   }
-  Count(pool, pool.geometry.page_bytes() * static_cast<int64_t>(names.size()));
+  const Bytes bytes =
+      pool.geometry.page_bytes() * static_cast<int64_t>(names.size());
+  Count(pool, bytes);
+  making_ += bytes;
   KVB_CHECK(overdrawn() == Bytes(0));
   return names;
 }
@@ -178,6 +182,7 @@ void Ledger::Offer(LedgerPool& pool, PageName name,
   KVB_CHECK(handles.size() == pool.geometry.handles_per_page);
   page->handles = std::move(handles);
   page->state = PageState::kOffered;
+  making_ -= pool.geometry.page_bytes();
 }
 
 void Ledger::ConfirmMapped(LedgerPool& pool,
@@ -188,6 +193,16 @@ void Ledger::ConfirmMapped(LedgerPool& pool,
     KVB_CHECK(page->state != PageState::kMaking);
     page->state = PageState::kMapped;
   }
+}
+
+std::vector<HandleRef> Ledger::LetGo(LedgerPool& pool, PageName name) {
+  LedgerPage* page = FindPage(pool, name);
+  KVB_CHECK(page != nullptr && page->state == PageState::kMapped);
+  if (!page->adopted) {
+    page->adopted = true;
+    adopted_ += pool.geometry.page_bytes();
+  }
+  return std::exchange(page->handles, {});
 }
 
 LedgerPage* Ledger::FindPage(LedgerPool& pool, PageName name) {
@@ -203,6 +218,7 @@ std::vector<HandleRef> Ledger::Remove(LedgerPool& pool, PageName name) {
   KVB_CHECK(page != nullptr);
   std::vector<HandleRef> handles = std::move(page->handles);
   const Bytes bytes = pool.geometry.page_bytes();
+  if (page->state == PageState::kMaking) making_ -= bytes;
   if (page->adopted) {
     adopted_ -= bytes;
   } else {
@@ -300,6 +316,11 @@ absl::Time Ledger::oldest_stock() const {
   return oldest;
 }
 
+void Ledger::SetOthers(Bytes bytes) {
+  KVB_CHECK(bytes >= Bytes(0) && bytes <= capacity_);
+  others_ = bytes;
+}
+
 void Ledger::BeginRelease(Bytes bytes) { releasing_ += bytes; }
 
 void Ledger::EndRelease(Bytes bytes) {
@@ -312,7 +333,7 @@ absl::Status Ledger::CheckInvariants() const {
     return absl::InternalError(absl::StrCat("ledger: ", words...));
   };
   absl::flat_hash_set<const Handle*> seen;
-  Bytes lent, adopted, credit, stock;
+  Bytes lent, adopted, making, credit, stock;
   for (const auto& [id, pool] : pools_) {
     auto session = sessions_.find(pool.session);
     if (session == sessions_.end()) {
@@ -323,6 +344,7 @@ absl::Status Ledger::CheckInvariants() const {
                                   ? 0
                                   : pool.geometry.handles_per_page;
       if (page.adopted) adopted += pool.geometry.page_bytes();
+      if (page.state == PageState::kMaking) making += pool.geometry.page_bytes();
       if (page.generation > pool.last_generation) {
         return broken("generation above the last, pool ", id.value(), " index ",
                       index.value());
@@ -381,14 +403,15 @@ absl::Status Ledger::CheckInvariants() const {
     return broken("stock has ", stocked_handles, " handles, counted are ",
                   stocked_handles_);
   }
-  if (lent != lent_ || adopted != adopted_ || credit != credit_ ||
-      stock != stock_) {
+  if (lent != lent_ || adopted != adopted_ || making != making_ ||
+      credit != credit_ || stock != stock_) {
     return broken("sums: lent ", lent_.count(), " is ", lent.count(),
                   ", adopted ", adopted_.count(), " is ", adopted.count(),
+                  ", making ", making_.count(), " is ", making.count(),
                   ", credit ", credit_.count(), " is ", credit.count(),
                   ", stock ", stock_.count(), " is ", stock.count());
   }
-  if (overdrawn() > adopted_ || releasing_ < Bytes(0)) {
+  if (overdrawn() > adopted_ + others_ || releasing_ < Bytes(0)) {
     return broken("more lent than there is: overdrawn ", overdrawn().count(),
                   ", adopted ", adopted_.count(), ", releasing ",
                   releasing_.count());

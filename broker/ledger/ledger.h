@@ -18,8 +18,10 @@
 //
 // Bytes: a page counts from Charge to Remove. What Remove or TrimStock takes
 // out still counts, as `releasing`, until EndRelease says that the driver has
-// it back. capacity + overdrawn = free + lent + stock + releasing + credit,
-// always; free or overdrawn is 0, and only adopting overdraws.
+// it back. `others` is what of the capacity is not to be lent at present, since
+// others use the device, too. capacity + overdrawn = free + lent + stock +
+// releasing + credit + others, always; free or overdrawn is 0, and only adopting
+// and others overdraw.
 //
 // REQUIRES on the verbs are the core's duty (it has checked the peer's words);
 // breaking one is a CHECK failure.
@@ -56,7 +58,7 @@ struct LedgerPage {
   Generation generation;
   PageState state = PageState::kMaking;
   GrantId grant;
-  bool adopted = false;
+  bool adopted = false;  // its handles, if there were any, are not kept here
   std::vector<HandleRef> handles;  // empty while MAKING, and where adopted
 };
 
@@ -142,6 +144,10 @@ class Ledger {
   void Offer(LedgerPool& pool, PageName page, std::vector<HandleRef> handles);
   // OFFERED -> MAPPED; pages that have left meanwhile are passed over.
   void ConfirmMapped(LedgerPool& pool, const std::vector<PageName>& pages);
+  // Gives up the page's handles: it is the engine's mapping alone that keeps its
+  // memory from now on, and it goes with that, as an adopted page does. The
+  // handles go to the caller. REQUIRES: FindPage, MAPPED.
+  std::vector<HandleRef> LetGo(LedgerPool& pool, PageName page);
   // Absent -> MAPPED, of a page that an earlier broker lent. REQUIRES: absent,
   // in range, `name.generation` above 0.
   void Adopt(LedgerPool& pool, PageName name);
@@ -181,8 +187,18 @@ class Ledger {
   // The driver has these bytes back.
   void EndRelease(Bytes bytes);
 
+  // ---- others ----
+
+  // Bytes of the capacity; at most that.
+  void SetOthers(Bytes bytes);
+
   Bytes capacity() const { return capacity_; }
+  Bytes others() const { return others_; }
+  // What may be lent at most at present.
+  Bytes lendable() const { return capacity_ - others_; }
   Bytes lent() const { return lent_; }
+  // Of `lent`, pages that are being made.
+  Bytes making() const { return making_; }
   Bytes stock() const { return stock_; }
   size_t stocked_handles() const { return stocked_handles_; }
   // Of what tenants and sizes there is some.
@@ -222,11 +238,13 @@ class Ledger {
   // What was taken out of the stock counts as releasing.
   void CountTrimmed(const std::vector<HandleRef>& trimmed);
   void Count(LedgerPool& pool, Bytes delta);
-  Bytes spoken_for() const { return lent_ + stock_ + releasing_ + credit_; }
+  Bytes spoken_for() const {
+    return lent_ + stock_ + releasing_ + credit_ + others_;
+  }
 
   const Bytes capacity_;
-  Bytes lent_, stock_, releasing_, credit_;
-  Bytes adopted_;  // of lent_
+  Bytes lent_, stock_, releasing_, credit_, others_;
+  Bytes adopted_, making_;  // of lent_
   Instances instances_;
   absl::node_hash_map<SessionId, LedgerSession> sessions_;
   absl::node_hash_map<PoolId, LedgerPool> pools_;

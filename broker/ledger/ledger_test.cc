@@ -718,5 +718,42 @@ TEST_P(LedgerModelTest, AgreesWithTheModelAfterEveryStep) {
 INSTANTIATE_TEST_SUITE_P(Seeds, LedgerModelTest,
                          testing::Range<uint64_t>(1, 6));
 
+TEST_F(LedgerTest, WhatOthersNeedIsNotFree) {
+  Lend(pool(1), 0);
+  EXPECT_EQ(ledger_.free(), kCapacity - MiB(2));
+  ledger_.SetOthers(kCapacity - MiB(8));
+  EXPECT_EQ(ledger_.lendable(), MiB(8));
+  EXPECT_EQ(ledger_.free(), MiB(6));
+  EXPECT_EQ(ledger_.overdrawn(), Bytes(0));
+  ledger_.SetOthers(kCapacity);
+  EXPECT_EQ(ledger_.free(), Bytes(0));
+  EXPECT_EQ(ledger_.grantable(), Bytes(0));
+  EXPECT_EQ(ledger_.overdrawn(), MiB(2));
+  EXPECT_EQ(ledger_.CheckInvariants(), absl::OkStatus());
+  ledger_.SetOthers(Bytes(0));
+}
+
+TEST_F(LedgerTest, PagesThatAreMadeCountUntilTheyAreOfferedOrGiveUp) {
+  PageName offered = ledger_.Charge(pool(1), GrantId(1), Indexes({0}))[0];
+  PageName given_up = ledger_.Charge(pool(1), GrantId(2), Indexes({1}))[0];
+  EXPECT_EQ(ledger_.making(), MiB(4));
+  ledger_.Offer(pool(1), offered, Make(MiB(2), 1));
+  EXPECT_EQ(ledger_.making(), MiB(2));
+  ledger_.Remove(pool(1), given_up);
+  EXPECT_EQ(ledger_.making(), Bytes(0));
+  ledger_.EndRelease(MiB(2));
+}
+
+TEST_F(LedgerTest, APageThatWasLetGoIsLentAndGoesWithItsHolder) {
+  PageName page = Lend(pool(2), 0);
+  EXPECT_EQ(ledger_.LetGo(pool(2), page).size(), 3);
+  EXPECT_TRUE(ledger_.LetGo(pool(2), page).empty()) << "once";
+  EXPECT_EQ(ledger_.lent(), MiB(3));
+  EXPECT_EQ(ledger_.CheckInvariants(), absl::OkStatus());
+  EXPECT_TRUE(ledger_.Remove(pool(2), page).empty());
+  EXPECT_EQ(ledger_.releasing(), Bytes(0));
+  EXPECT_EQ(ledger_.free(), kCapacity);
+}
+
 }  // namespace
 }  // namespace kvbroker

@@ -35,6 +35,9 @@ class Collector {
   }
 
   bool satisfied() const { return need_ <= Bytes(0); }
+  // Not more than so much from now on, beside what was collected.
+  void LowerNeed(Bytes need) { need_ = std::min(need_, need); }
+  Bytes need() const { return need_; }
   std::vector<Take> takes() && { return std::move(takes_); }
 
   enum Source { kSettled, kFresh, kCached, kAny };
@@ -393,6 +396,34 @@ bool ServedBefore(const PolicySnapshot& snapshot, const ClaimView& a,
                       -aged, -claim.age);
   };
   return key(a) < key(b);
+}
+
+std::vector<Take> TakesForOthers(const PolicySnapshot& snapshot, Bytes need,
+                                 Bytes hard, absl::Duration needed_for,
+                                 const PolicyConfig& config) {
+  Collector collector(snapshot, need);
+  const std::vector<size_t> oldest_first = PoolsBy(snapshot, [&](size_t i) {
+    return std::tuple(-snapshot.pools[i].oldest_idle, i);
+  });
+  auto owner = [&](size_t pool) -> const InstanceView& {
+    return snapshot.instances[snapshot.pools[pool].instance];
+  };
+  auto take = [&](const std::vector<size_t>& order, Collector::Source source,
+                  Tier tier) {
+    for (auto floor : {&InstanceView::share, &InstanceView::min}) {
+      for (size_t i : order) {
+        collector.TakeFrom(i, source, tier, owner(i).*floor, true);
+      }
+    }
+  };
+  take(oldest_first, Collector::kSettled, Tier::kIdle);
+  take(oldest_first, Collector::kFresh, Tier::kIdle);
+  const std::vector<size_t> greediest_first = GreediestFirst(snapshot);
+  take(greediest_first, Collector::kCached, Tier::kCached);
+  collector.LowerNeed(hard - (need - collector.need()));
+  take(greediest_first, Collector::kAny,
+       needed_for >= config.patience ? Tier::kPreempt : Tier::kClosing);
+  return std::move(collector).takes();
 }
 
 std::vector<Take> TakesToFitLimit(const PolicySnapshot& snapshot,

@@ -90,6 +90,14 @@ Bytes TakeOut(const std::vector<Take>& takes, PolicySnapshot& snapshot);
 bool ServedBefore(const PolicySnapshot& snapshot, const ClaimView& a,
                   const ClaimView& b, const PolicyConfig& config);
 
+// What to ask for where `need` more is lent than the device has left beside what
+// others use, for so long. Idle pages go first, then cached ones; for `hard` of it
+// (memory that somebody was promised) pages in use, too. Those above their share
+// give first, and nobody below its `min`.
+std::vector<Take> TakesForOthers(const PolicySnapshot& snapshot, Bytes need,
+                                 Bytes hard, absl::Duration needed_for,
+                                 const PolicyConfig& config);
+
 // What to ask of an instance that holds more than its `max`, for so long.
 std::vector<Take> TakesToFitLimit(const PolicySnapshot& snapshot,
                                   size_t instance, absl::Duration above_for,

@@ -844,6 +844,41 @@ TEST(TakesToFitLimit, WithinTheLimitNothingIsTaken) {
                   .empty());
 }
 
+// ---- memory that others need ------------------------------------------------
+
+TEST(TakesForOthers, IdleOldestFirstThenCached) {
+  Scene scene(20, {{.held = 8, .idle = 3, .settled = 3, .cached = 2},
+                   {.held = 8, .idle = 2, .settled = 1}});
+  scene.pool(1).oldest_idle = absl::Seconds(9);
+  EXPECT_EQ(TakesForOthers(scene.snapshot(), MiB(6), Bytes(0),
+                           absl::Hours(1), scene.config),
+            (Takes{{1, Tier::kIdle, 1},
+                   {0, Tier::kIdle, 3},
+                   {1, Tier::kIdle, 1},
+                   {0, Tier::kCached, 1}}));
+}
+
+TEST(TakesForOthers, PagesInUseOnlyForWhatWasPromised) {
+  Scene scene(10, {{.held = 10, .idle = 1, .settled = 1}});
+  EXPECT_EQ(TakesForOthers(scene.snapshot(), MiB(5), Bytes(0),
+                           absl::ZeroDuration(), scene.config),
+            (Takes{{0, Tier::kIdle, 1}}));
+  EXPECT_EQ(TakesForOthers(scene.snapshot(), MiB(5), MiB(3),
+                           absl::ZeroDuration(), scene.config),
+            (Takes{{0, Tier::kIdle, 1}, {0, Tier::kClosing, 2}}));
+  EXPECT_EQ(TakesForOthers(scene.snapshot(), MiB(5), MiB(3),
+                           scene.config.patience, scene.config),
+            (Takes{{0, Tier::kIdle, 1}, {0, Tier::kPreempt, 2}}));
+}
+
+TEST(TakesForOthers, NothingOfWhatIsGuaranteed) {
+  Scene scene(10, {{.held = 6, .idle = 4, .settled = 4, .min = 5},
+                   {.held = 4, .cached = 4, .min = 4}});
+  EXPECT_EQ(TakesForOthers(scene.snapshot(), MiB(8), MiB(8), absl::Hours(1),
+                           scene.config),
+            (Takes{{0, Tier::kIdle, 1}}));
+}
+
 // ---- any snapshot ----------------------------------------------------------
 
 // What must hold of each decision, whatever the figures.

@@ -213,6 +213,11 @@ absl::StatusOr<std::unique_ptr<RunningBroker>> RunningBroker::Start(
       .backend = self->backend_.backend.get(),
       .clock = &Clock::Steady(),
       .capacity = capacity,
+      // The host's total is the broker's own; a GPU is used by others, too.
+      .headroom = device.name == "host" ? std::nullopt
+                                        : std::optional<Bytes>(config.headroom),
+      .charge = config.charge == "engine" ? CoreOptions::Charge::kEngine
+                                          : CoreOptions::Charge::kBroker,
       .policy = config.policy,
       .incarnation = incarnation,
       .max_stocked_handles =

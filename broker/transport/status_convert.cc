@@ -58,6 +58,9 @@ void ToWire(const BrokerStatus& status, v1::BrokerStatus* wire) {
   wire->set_sessions(status.sessions);
   wire->set_uptime_seconds(absl::ToDoubleSeconds(status.uptime));
   wire->set_state(status.draining ? "draining" : "serving");
+  wire->set_others_bytes(ToWireBytes(status.others));
+  wire->set_foreign_bytes(ToWireBytes(status.foreign));
+  wire->set_declared_bytes(ToWireBytes(status.declared));
 }
 
 void ToWire(const ClaimStatus& status, v1::ClaimStatus* wire) {

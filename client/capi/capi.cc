@@ -352,6 +352,14 @@ void kvb_session_limits(kvb_session* session, kvb_limits* limits) noexcept {
                 .capacity_bytes = Count(opened.capacity)});
 }
 
+kvb_code kvb_session_make_room(kvb_session* session, uint64_t declared_peak,
+                               int64_t timeout_ms, char** error) noexcept {
+  return Guarded(error, [&] {
+    return session->session->MakeRoom(ToBytes(declared_peak),
+                                      FromMillis(timeout_ms));
+  });
+}
+
 kvb_pool* kvb_session_pool(kvb_session* session, size_t index) noexcept {
   if (index >= session->session->pool_count()) return nullptr;
   return reinterpret_cast<kvb_pool*>(&session->session->pool(index));

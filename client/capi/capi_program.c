@@ -253,6 +253,8 @@ static void test_session(const char* address) {
   CHECK(kvb_pool_region(first, 1) == NULL);
   CHECK(kvb_pool_region(second, 3) != NULL);
   CHECK(kvb_pool_region(second, 4) == NULL);
+  /* Nobody else uses the host's memory: there is room at once. */
+  CHECK(kvb_session_make_room(session, kMiB, 10000, NULL) == KVB_OK);
   /* Host memory has no streams: whatever is named is nobody's. */
   kvb_pool_add_stream(first, NULL);
   kvb_pool_remove_stream(first, NULL);

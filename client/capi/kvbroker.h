@@ -200,6 +200,11 @@ const char* kvb_session_instance(const kvb_session* session) KVB_NOEXCEPT;
  * grow. */
 kvb_code kvb_session_health(kvb_session* session, char** error) KVB_NOEXCEPT;
 void kvb_session_limits(kvb_session* session, kvb_limits* limits) KVB_NOEXCEPT;
+/* What the process needs of the device at its peak besides the pools, from now on:
+ * before it loads weights, or when it needs less. Waits until that much is there.
+ * KVB_UNAVAILABLE: it is not within the time, and `error` names the holders. */
+kvb_code kvb_session_make_room(kvb_session* session, uint64_t declared_peak,
+                               int64_t timeout_ms, char** error) KVB_NOEXCEPT;
 /* NULL past the last one. */
 kvb_pool* kvb_session_pool(kvb_session* session, size_t index) KVB_NOEXCEPT;
 

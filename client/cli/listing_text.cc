@@ -41,10 +41,14 @@ std::string DeviceLine(const Listing::Answer& answer) {
   const v1::BrokerStatus& broker = answer.response.broker();
   Bytes capacity(static_cast<int64_t>(broker.capacity_bytes()));
   Bytes lent(static_cast<int64_t>(broker.held_bytes()));
-  std::string line =
-      absl::StrCat(answer.device_uuid, " (", broker.backend(), ")  capacity ",
-                   FormatBytes(capacity), "  lent ", FormatBytes(lent),
-                   "  free ", FormatBytes(std::max(Bytes(0), capacity - lent)));
+  Bytes others(static_cast<int64_t>(broker.others_bytes()));
+  std::string line = absl::StrCat(
+      answer.device_uuid, " (", broker.backend(), ")  capacity ",
+      FormatBytes(capacity), "  lent ", FormatBytes(lent), "  free ",
+      FormatBytes(std::max(Bytes(0), capacity - others - lent)));
+  if (others > Bytes(0)) {
+    absl::StrAppend(&line, "  others ", FormatBytes(others));
+  }
   if (!broker.state().empty() && broker.state() != "serving") {
     absl::StrAppend(&line, "  ", broker.state());
   }

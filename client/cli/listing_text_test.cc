@@ -47,6 +47,18 @@ TEST(ListingToTextTest, NoInstanceIsAFriendlyLine) {
             "No instances yet: they appear as engines connect.\n");
 }
 
+TEST(ListingToTextTest, WhatOthersUseIsNotFree) {
+  FakeBroker broker("GPU-1");
+  broker.status.set_held_bytes(GiB(3).count());
+  broker.status.set_others_bytes(GiB(4).count());
+  Listing listing;
+  AddTo(listing, broker);
+  EXPECT_EQ(ListingToText(listing, /*color=*/false),
+            "GPU-1 (host)  capacity 8 GiB  lent 3 GiB  free 1 GiB  others 4 "
+            "GiB\n"
+            "No instances yet: they appear as engines connect.\n");
+}
+
 TEST(ListingToTextTest, PaintsHowFullAnInstanceIs) {
   for (auto [used, painted] : {std::pair{49, "\x1b[32m49 %\x1b[0m"},
                                {50, "\x1b[33m50 %\x1b[0m"},

@@ -29,6 +29,21 @@ constexpr absl::Duration kWasOpen = absl::Milliseconds(500);
 // What a message may hold (proto/convert.h).
 constexpr size_t kPagesPerMessage = 16384;
 
+// Longer than it takes to say that a deadline has passed.
+constexpr absl::Duration kAnswerIsLate = absl::Seconds(2);
+
+// The reason and who holds what.
+absl::Status InWords(const Refused& refused) {
+  std::string text = refused.reason;
+  const char* before = "; held by ";
+  for (const Holder& holder : refused.holders) {
+    absl::StrAppend(&text, before, holder.instance, ": ",
+                    FormatBytes(holder.held));
+    before = ", ";
+  }
+  return absl::Status(refused.code, text);
+}
+
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<Session>> Session::Create(
@@ -48,7 +63,9 @@ absl::StatusOr<std::unique_ptr<Session>> Session::Create(
 }
 
 Session::Session(SessionOptions options, Clock& clock)
-    : options_(std::move(options)), clock_(clock) {}
+    : options_(std::move(options)),
+      clock_(clock),
+      declared_peak_(options_.declared_peak) {}
 
 Session::~Session() { Close(); }
 
@@ -71,7 +88,10 @@ void Session::SendOpen(const Nonce& nonce,
   open.instance = options_.instance;
   open.member = options_.member;
   open.labels = options_.labels;
-  open.declared_peak = options_.declared_peak;
+  {
+    MutexLock lock(&mu_);
+    open.declared_peak = declared_peak_;
+  }
   open.min = options_.min;
   open.max = options_.max;
   open.max_fraction = options_.max_fraction;
@@ -269,6 +289,48 @@ absl::Time Session::RunOnce() {
   return due;
 }
 
+absl::Status Session::MakeRoom(Bytes declared_peak, absl::Duration timeout) {
+  kvbroker::MakeRoom asked = {.sequence = NextSequence(),
+                              .declared_peak = declared_peak,
+                              .deadline = timeout};
+  const absl::Time give_up = absl::Now() + timeout + kAnswerIsLate;
+  {
+    MutexLock lock(&mu_);
+    unanswered_.erase(asked.sequence);  // asked and answered by itself
+    if (room_) {
+      return absl::FailedPreconditionError(
+          "another thread waits for room already");
+    }
+    declared_peak_ = declared_peak;
+    if (!opened_ || !health_.ok()) return health_;
+    if ((opened_->feature_bits & kFeatureMakeRoom) == 0) {
+      return absl::UnimplementedError(
+          "the broker is too old to make room: upgrade it");
+    }
+    room_.emplace(RoomAsked{asked.sequence, std::nullopt});
+  }
+  Send(std::move(asked));
+  MutexLock lock(&mu_);
+  while (!room_->answer && health_.ok()) {
+    if (changed_.WaitWithDeadline(&mu_, give_up)) break;
+  }
+  absl::Status answer =
+      room_->answer ? *room_->answer
+      : health_.ok()
+          ? absl::UnavailableError("the broker did not say that there is room")
+          : health_;
+  room_.reset();
+  return answer;
+}
+
+bool Session::AnswerRoom(Sequence sequence, absl::Status answer) {
+  MutexLock lock(&mu_);
+  if (!room_ || room_->sequence != sequence) return false;
+  room_->answer = std::move(answer);
+  changed_.SignalAll();
+  return true;
+}
+
 Pool* Session::FindPool(PoolId id) {
   auto it = pool_by_id_.find(id);
   return it == pool_by_id_.end() ? nullptr : it->second;
@@ -294,7 +356,10 @@ void Session::Process(BrokerMessage message) {
       incoming->granted = std::move(*granted);
       DeliverIfComplete(grant);
     }
+  } else if (auto* made = std::get_if<RoomMade>(&message)) {
+    AnswerRoom(made->sequence, absl::OkStatus());
   } else if (auto* refused = std::get_if<Refused>(&message)) {
+    if (AnswerRoom(refused->sequence, InWords(*refused))) return;
     Answered(refused->sequence);
     for (auto& pool : pools_) pool->OnRefused(*refused);
   } else if (auto* reclaim = std::get_if<Reclaim>(&message)) {

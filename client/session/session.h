@@ -126,6 +126,14 @@ class Session : public PoolSession, public LinkListener {
   // is UNAVAILABLE.
   absl::Status health();
 
+  // What the process needs of the device at its peak besides the pools is
+  // `declared_peak` from now on. Waits until the memory is there, whoever has to
+  // give it. UNAVAILABLE: it is not within `timeout` (10 minutes at most), and who
+  // holds it; or there is no broker at present. Either way the broker keeps it
+  // free when it comes. FAILED_PRECONDITION: somebody waits in it already.
+  // UNIMPLEMENTED: the broker is too old.
+  absl::Status MakeRoom(Bytes declared_peak, absl::Duration timeout);
+
   // ---- PoolSession ----
   Sequence NextSequence() override;
   void Send(ClientMessage message) override;
@@ -181,6 +189,8 @@ class Session : public PoolSession, public LinkListener {
   Incoming* IncomingOf(GrantId grant);
   void DeliverIfComplete(GrantId grant);
   absl::Time AskForMissing();
+  // True where it is the answer to MakeRoom.
+  bool AnswerRoom(Sequence sequence, absl::Status answer);
   // The answer has arrived, with all that belongs to it.
   void Answered(Sequence sequence);
   // Of the questions up to `last`.
@@ -224,6 +234,13 @@ class Session : public PoolSession, public LinkListener {
   bool working_ ABSL_GUARDED_BY(mu_) = false;  // the worker is in RunOnce
   std::optional<Opened> opened_ ABSL_GUARDED_BY(mu_);
   absl::Status health_ ABSL_GUARDED_BY(mu_);
+  // What Open says of it, and the MakeRoom under way.
+  Bytes declared_peak_ ABSL_GUARDED_BY(mu_);
+  struct RoomAsked {
+    Sequence sequence;
+    std::optional<absl::Status> answer;
+  };
+  std::optional<RoomAsked> room_ ABSL_GUARDED_BY(mu_);
   uint64_t last_sequence_ ABSL_GUARDED_BY(mu_) = 0;
   std::set<Sequence> unanswered_ ABSL_GUARDED_BY(mu_);
 };

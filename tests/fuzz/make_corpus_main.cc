@@ -121,6 +121,8 @@ void MakeSessionMessages(const std::filesystem::path& folder) {
   AddMessage(corpus, "resend", ClientMessage(Resend{Sequence(3)}));
   AddMessage(corpus, "resume", ClientMessage(Resume{PoolId(1), pages, true}));
   AddMessage(corpus, "limit_ack", ClientMessage(LimitAck{7}));
+  AddMessage(corpus, "make_room",
+             ClientMessage(MakeRoom{Sequence(9), GiB(1), absl::Seconds(5)}));
 
   Opened opened;
   opened.incarnation = 77;

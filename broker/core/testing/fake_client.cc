@@ -174,6 +174,12 @@ Sequence FakeClient::Ask(Acquire acquire) {
   return acquire.sequence;
 }
 
+Sequence FakeClient::AskRoom(Bytes declared_peak, absl::Duration deadline) {
+  const Sequence sequence(++last_sequence_);
+  Send(MakeRoom{sequence, declared_peak, deadline}).IgnoreError();
+  return sequence;
+}
+
 void FakeClient::Cancel(Sequence sequence) {
   if (unanswered_.contains(sequence)) cancelled_.insert(sequence);
   Send(kvbroker::Cancel{sequence}).IgnoreError();

@@ -131,6 +131,9 @@ class FakeClient {
   const std::vector<Reclaim>& orders() const { return orders_; }
   const std::vector<LimitChanged>& limits() const { return limits_; }
   const std::vector<Fenced>& fenced() const { return fenced_; }
+  // Asks for room; the answer is in `rooms_made` or `refused`.
+  Sequence AskRoom(Bytes declared_peak, absl::Duration deadline);
+  const std::set<Sequence>& rooms_made() const { return rooms_made_; }
   // Frames of descriptors, in order: grant, first handle, handles.
   struct Frame {
     GrantId grant;
@@ -191,6 +194,7 @@ class FakeClient {
   void On(Reclaim reclaim);
   void On(LimitChanged limit);
   void On(Fenced fenced);
+  void On(RoomMade made) { rooms_made_.insert(made.sequence); }
   void OnDescriptors(GrantId grant, uint32_t first,
                      std::vector<UniqueFd> descriptors);
   void MapWhatIsComplete(GrantId grant);
@@ -219,6 +223,7 @@ class FakeClient {
   std::set<GrantId> done_;  // mapped or dropped
   uint64_t last_sequence_ = 0;
   Sequence acked_;
+  std::set<Sequence> rooms_made_;
   std::map<Sequence, Acquire> asked_;
   std::map<Sequence, absl::Time> unanswered_;
   std::set<Sequence> cancelled_;

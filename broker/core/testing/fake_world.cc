@@ -18,11 +18,15 @@ constexpr int kTooManyRounds = 10'000;
 }  // namespace
 
 FakeWorld::FakeWorld(Options options)
-    : device_({.total = options.device}), faults_(device_, options.seed) {
+    : charge_(options.charge),
+      device_({.total = options.device}),
+      faults_(device_, options.seed) {
   CoreOptions core;
   core.backend = &faults_;
   core.clock = &clock_;
   core.capacity = options.capacity;
+  core.headroom = options.headroom;
+  core.charge = options.charge;
   core.policy = options.policy;
   core.incarnation = 1;
   core.max_stock = options.max_stock;
@@ -62,6 +66,7 @@ Open FakeWorld::OpenOf(const FakeEngine& engine) {
   Open open;
   open.instance = engine.name;
   open.member = engine.member;
+  open.declared_peak = engine.declared_peak;
   open.min = engine.min;
   open.max = engine.max;
   open.weight = engine.weight;
@@ -182,7 +187,8 @@ absl::Status FakeWorld::Check(CoreSnapshot* seen) {
       if (!tokens.insert(token).second) {
         return wrong("two owners of handle ", token);
       }
-      if (client->connected() && !device_.IsLive(token)) {
+      if (charge_ == CoreOptions::Charge::kBroker && client->connected() &&
+          !device_.IsLive(token)) {
         return wrong("the broker dropped a handle that session ",
                      client->id().value(), " holds: ", token);
       }
@@ -214,7 +220,7 @@ absl::Status FakeWorld::Check(CoreSnapshot* seen) {
   if (held + snapshot.broker.stock > snapshot.broker.capacity) {
     return wrong("more is held than there is: ", held.count());
   }
-  const Bytes used = *device_.UsedBytes();
+  const Bytes used = *device_.UsedBytes() - device_.foreign_bytes();
   // Handles that the executor is making, or has yet to release, are neither
   // lent nor in stock.
   const bool exact = bulk_.empty();

@@ -49,6 +49,7 @@ struct FakeEngine {
   std::optional<Bytes> min, max;
   std::optional<double> weight;
   std::string member;
+  Bytes declared_peak;
 };
 
 class FakeWorld {
@@ -56,6 +57,9 @@ class FakeWorld {
   struct Options {
     Bytes capacity = MiB(10);
     Bytes device = GiB(4);
+    // Others use the device as well; see CoreOptions.
+    std::optional<Bytes> headroom;
+    CoreOptions::Charge charge = CoreOptions::Charge::kBroker;
     PolicyConfig policy;
     std::optional<Bytes> max_stock;  // the core's own where it is not given
     size_t max_stocked_handles = 4096;
@@ -114,6 +118,7 @@ class FakeWorld {
   void Forget(const FakeClient& client);
 
  private:
+  const CoreOptions::Charge charge_;
   FakeClock clock_;
   FakeBackend device_;
   FaultInjectingBackend faults_;
