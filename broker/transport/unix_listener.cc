@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <stdio.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
@@ -91,7 +92,16 @@ absl::StatusOr<UnixListener> UnixListener::Bind(const std::string& path,
         absl::StrCat("a socket's path has 1 to ", sizeof(address.sun_path) - 1,
                      " bytes, this has ", path.size(), ": ", path));
   }
-  path.copy(address.sun_path, path.size());
+  // Made under another name and then given its own, so that there is one at the
+  // path all the time where the last broker has left one.
+  const size_t name = path.rfind('/') + 1;
+  const std::string made = absl::StrCat(path.substr(0, name), ".", getpid());
+  if (made.size() >= sizeof(address.sun_path)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("a socket's path has 1 to ", sizeof(address.sun_path) - 1,
+                     " bytes, this has ", made.size(), ": ", made));
+  }
+  made.copy(address.sun_path, made.size());
 
   struct stat info;
   if (lstat(path.c_str(), &info) == 0) {
@@ -99,27 +109,28 @@ absl::StatusOr<UnixListener> UnixListener::Bind(const std::string& path,
       return absl::FailedPreconditionError(
           absl::StrCat("the socket's path is taken by something else: ", path));
     }
-    if (unlink(path.c_str()) != 0) {
-      return ErrnoToStatus(errno, "removing the stale socket " + path);
-    }
+  }
+  if (unlink(made.c_str()) != 0 && errno != ENOENT) {
+    return ErrnoToStatus(errno, "removing the stale socket " + made);
   }
   UniqueFd fd(socket(AF_UNIX, type | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
   if (!fd) return ErrnoToStatus(errno, "socket");
   if (bind(fd.get(), reinterpret_cast<const sockaddr*>(&address),
            sizeof(address)) != 0) {
-    return ErrnoToStatus(errno, "bind to " + path);
+    return ErrnoToStatus(errno, "bind to " + made);
   }
   // Until listen() nobody gets in, so that the mode is right for the first one.
-  if (access.group && lchown(path.c_str(), -1, *access.group) != 0) {
+  if (access.group && lchown(made.c_str(), -1, *access.group) != 0) {
     absl::Status status = ErrnoToStatus(
         errno, absl::StrCat("giving ", path, " to group ", *access.group));
-    unlink(path.c_str());
+    unlink(made.c_str());
     return status;
   }
-  if (chmod(path.c_str(), access.anybody ? 0666 : 0660) != 0 ||
-      lstat(path.c_str(), &info) != 0 || listen(fd.get(), kBacklog) != 0) {
+  if (chmod(made.c_str(), access.anybody ? 0666 : 0660) != 0 ||
+      lstat(made.c_str(), &info) != 0 || listen(fd.get(), kBacklog) != 0 ||
+      rename(made.c_str(), path.c_str()) != 0) {
     absl::Status status = ErrnoToStatus(errno, "listening at " + path);
-    unlink(path.c_str());
+    unlink(made.c_str());
     return status;
   }
   return UnixListener(std::move(fd), path, info.st_dev, info.st_ino);

@@ -21,12 +21,14 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/strip.h"
+#include "absl/time/clock.h"
 #include "broker/base/status_macros.h"
 #include "broker/base/unique_fd.h"
 
 namespace kvbroker::client {
 namespace {
 
+constexpr absl::Duration kLookAgain = absl::Milliseconds(20);
 constexpr absl::string_view kRpcSuffix = ".sock";
 constexpr absl::string_view kDescriptorSuffix = ".fd.sock";
 
@@ -226,6 +228,24 @@ absl::StatusOr<std::vector<BrokerAddress>> FindBrokers(
   if (options.gpu.empty()) return found;
   ASSIGN_OR_RETURN(BrokerAddress selected, SelectDevice(found, options.gpu));
   return std::vector<BrokerAddress>{std::move(selected)};
+}
+
+absl::StatusOr<BrokerAddress> FindBroker(const AddressOptions& options,
+                                         absl::Duration wait) {
+  const absl::Time give_up = absl::Now() + wait;
+  absl::StatusOr<std::vector<BrokerAddress>> brokers = FindBrokers(options);
+  while (absl::IsNotFound(brokers.status()) && absl::Now() < give_up) {
+    absl::SleepFor(kLookAgain);
+    brokers = FindBrokers(options);
+  }
+  RETURN_IF_ERROR(brokers.status());
+  if (brokers->size() == 1) return std::move(brokers->front());
+  return absl::InvalidArgumentError(absl::StrCat(
+      "several brokers are there, say which with the address or the gpu: ",
+      absl::StrJoin(*brokers, ", ",
+                    [](std::string* out, const BrokerAddress& broker) {
+                      absl::StrAppend(out, broker.rpc_path);
+                    })));
 }
 
 absl::StatusOr<BrokerAddress> AddressFor(const std::string& directory,

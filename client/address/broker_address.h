@@ -26,6 +26,7 @@
 
 #include "absl/functional/function_ref.h"
 #include "absl/status/statusor.h"
+#include "absl/time/time.h"
 
 namespace kvbroker::client {
 
@@ -68,6 +69,12 @@ struct AddressOptions {
 // per-user directory belongs to somebody else.
 absl::StatusOr<std::vector<BrokerAddress>> FindBrokers(
     const AddressOptions& options);
+
+// The one broker in question. Where there is none, it may be in the middle of a
+// restart: it is looked for again until `wait` is over. INVALID_ARGUMENT: there
+// are several, which the message lists. Else as FindBrokers.
+absl::StatusOr<BrokerAddress> FindBroker(const AddressOptions& options,
+                                         absl::Duration wait = absl::Seconds(1));
 
 // The two sockets of a device's broker in `directory`. InvalidArgument where
 // `uuid` cannot be a file name or a path is longer than a unix socket's may be

@@ -9,10 +9,12 @@
 #include <fstream>
 #include <map>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "broker/base/temp_folder.h"
 #include "broker/base/unique_fd.h"
 #include "gtest/gtest.h"
@@ -218,6 +220,29 @@ TEST_F(FindBrokersTest, RefusesAGpuThatIsUnknownOrNotUnique) {
   ExpectFailure(absl::StatusCode::kNotFound, "GPU-0a, GPU-0b; got GPU-1");
   options_.gpu = "2";
   ExpectFailure(absl::StatusCode::kNotFound, "last of 2");
+}
+
+TEST_F(FindBrokersTest, TheOneBrokerIsFoundThoughItComesLate) {
+  std::thread late([this] {
+    absl::SleepFor(absl::Milliseconds(100));
+    MakeSocket(system_, "HOST-1");
+  });
+  // The limit is for giving up only.
+  absl::StatusOr<BrokerAddress> found = FindBroker(options_, absl::Minutes(1));
+  late.join();
+  ASSERT_TRUE(found.ok()) << found.status();
+  EXPECT_EQ(found->device_uuid, "HOST-1");
+  MakeSocket(system_, "HOST-2");
+  found = FindBroker(options_, absl::ZeroDuration());
+  EXPECT_TRUE(absl::IsInvalidArgument(found.status())) << found.status();
+  EXPECT_TRUE(absl::StrContains(found.status().message(), "HOST-2.sock"))
+      << found.status();
+}
+
+TEST_F(FindBrokersTest, WhereNoneComesItIsSaidWhereWasLooked) {
+  absl::Status status = FindBroker(options_, absl::ZeroDuration()).status();
+  EXPECT_TRUE(absl::IsNotFound(status)) << status;
+  EXPECT_TRUE(absl::StrContains(status.message(), system_)) << status;
 }
 
 }  // namespace

@@ -309,18 +309,11 @@ kvb_code kvb_session_open(const kvb_session_options* options,
     kvbroker::client::AddressOptions where;
     where.address = options->address;
     where.gpu = options->gpu;
-    ASSIGN_OR_RETURN(std::vector<BrokerAddress> brokers,
-                     kvbroker::client::FindBrokers(where));
-    if (brokers.size() > 1) {
-      return absl::InvalidArgumentError(absl::StrCat(
-          "several brokers are there, say which with the address or the gpu: ",
-          brokers[0].rpc_path, ", ", brokers[1].rpc_path,
-          brokers.size() > 2 ? ", ..." : ""));
-    }
+    ASSIGN_OR_RETURN(BrokerAddress broker, kvbroker::client::FindBroker(where));
     auto opened = std::make_unique<kvb_session>();
     ASSIGN_OR_RETURN(
         opened->session,
-        kvbroker::client::OpenSession(brokers.front(), options->session));
+        kvbroker::client::OpenSession(broker, options->session));
     opened->instance = opened->session->opened().instance;
     opened->owner = getpid();
     *session = opened.release();

@@ -1,10 +1,7 @@
 #include "client/replay/broker_block_source.h"
 
 #include <utility>
-#include <vector>
 
-#include "absl/strings/str_cat.h"
-#include "absl/strings/str_join.h"
 #include "broker/base/status_macros.h"
 #include "client/address/broker_address.h"
 #include "client/arena/cuda_driver.h"
@@ -76,18 +73,9 @@ constexpr uint32_t kMaxPages = 8192;
 
 absl::StatusOr<std::unique_ptr<BlockSource>> MakeBrokerBlockSource(
     const ReplayOptions& options) {
-  ASSIGN_OR_RETURN(
-      std::vector<client::BrokerAddress> brokers,
-      client::FindBrokers(
-          {.address = options.address, .gpu = options.gpu}));
-  if (brokers.size() > 1) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "several brokers listen there, name one with --address or --gpu: ",
-        absl::StrJoin(brokers, ", ",
-                      [](std::string* out, const client::BrokerAddress& broker) {
-                        absl::StrAppend(out, broker.rpc_path);
-                      })));
-  }
+  ASSIGN_OR_RETURN(const client::BrokerAddress broker,
+                   client::FindBroker(
+                       {.address = options.address, .gpu = options.gpu}));
   client::SessionOptions session;
   session.instance = options.name;
   session.min = options.min;
@@ -113,13 +101,13 @@ absl::StatusOr<std::unique_ptr<BlockSource>> MakeBrokerBlockSource(
   }
   session.backend = options.backend;
   ASSIGN_OR_RETURN(std::unique_ptr<client::Session> opened,
-                   client::OpenSession(brokers.front(), std::move(session)));
+                   client::OpenSession(broker, std::move(session)));
   if (opened->opened().backend == "cuda") {
     ASSIGN_OR_RETURN(const CudaDriver* driver, client::LoadedCudaDriver());
     ASSIGN_OR_RETURN(
         std::unique_ptr<CudaBlockMemory> memory,
         CudaBlockMemory::Create(
-            *driver, brokers.front().device_uuid,
+            *driver, broker.device_uuid,
             static_cast<size_t>(options.geometry.block_bytes.count())));
     return std::make_unique<CudaBlockSource>(
         std::move(recorder), std::move(opened), std::move(memory));

@@ -7,6 +7,7 @@
 // good engine must have no complaint. At the end, when the hostile processes
 // have died, it must get what it asks for, and nothing may be left behind.
 #include <array>
+#include <iostream>
 #include <map>
 #include <memory>
 #include <optional>
@@ -27,6 +28,7 @@ constexpr Bytes kCapacity = MiB(16);
 constexpr Bytes kGoodMin = MiB(4);
 constexpr uint64_t kIncarnation = 1;  // of FakeWorld's core
 constexpr int kMaxInstructions = 200;
+constexpr size_t kMostAsked = 32;
 
 // Remembers what it was told, to say it again wrongly.
 class Ear : public SessionListener {
@@ -339,6 +341,8 @@ class Program {
   void TheGoodOneActs() {
     switch (input_.Below(4)) {
       case 0:
+        // It does not ask more than a session may.
+        if (good_->unanswered().size() >= kMostAsked) break;
         good_->Ask({.at_least = 1 + PageCount{input_.Below(8)},
                     .urgency = Urgency::kRunning,
                     .deadline = absl::Seconds(2)});
@@ -362,6 +366,7 @@ class Program {
   void CheckAll() {
     KVB_CHECK(core().CheckInvariants().ok());
     KVB_CHECK(world_.device().CheckInvariants().ok());
+    if (!good_->error().ok()) std::cerr << good_->error() << "\n";
     KVB_CHECK(good_->connected() && good_->error().ok());
     KVB_CHECK(good_->complaints().empty());
     KVB_CHECK(good_->fenced().empty());
