@@ -101,8 +101,10 @@ class Process:
         log: Path,
         environment: dict[str, str],
         keep_fds: Sequence[int] = (),
+        ends_with_stdin: bool = True,
     ) -> None:
         self._log = log
+        self._ends_with_stdin = ends_with_stdin
         with open(log, "wb") as log_file:
             self._process = subprocess.Popen(
                 [str(word) for word in command],
@@ -153,9 +155,9 @@ class Process:
             assert pipe is not None
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
-        # An engine ends with its standard input; a broker when it is told to.
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(0.05)
+        if self._ends_with_stdin:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(5)
         self._process.terminate()
         try:
             self._process.wait(10)
@@ -204,8 +206,11 @@ class Bench:
         self._logs += 1
         return self.folder / f"{self._logs}.log"
 
-    def start(self, command: Sequence[str | Path], keep_fds: Sequence[int] = ()) -> Process:
-        return Process(command, self.log(), self._environment, keep_fds)
+    def start(self, command: Sequence[str | Path]) -> Process:
+        return Process(command, self.log(), self._environment)
+
+    def start_broker(self, command: Sequence[str | Path], ready_fd: int) -> Process:
+        return Process(command, self.log(), self._environment, [ready_fd], ends_with_stdin=False)
 
     def output(self, name: str, *arguments: str, within: float = 120) -> dict:
         """What a program that ends by itself prints."""
@@ -245,7 +250,7 @@ class Broker:
         self.folder = Path(tempfile.mkdtemp(dir=bench.folder))
         ready, ready_writer = os.pipe()
         try:
-            self.process = bench.start(
+            self.process = bench.start_broker(
                 [
                     bench.program("broker/server/kvbrokerd"),
                     f"--capacity={capacity_mib}M",
@@ -254,7 +259,7 @@ class Broker:
                     "--state-dir=none",
                     f"--ready-fd={ready_writer}",
                 ],
-                keep_fds=[ready_writer],
+                ready_writer,
             )
             self._stack.callback(self.process.stop)
             os.close(ready_writer)
@@ -410,15 +415,13 @@ def shrink(bench: Bench) -> Figures:
 
 
 def per_layer(bench: Bench) -> Figures:
-    grow, shrunk, first = [], [], []
+    grow, shrunk = [], []
     pages = 16 if bench.fake is None else 4
     with Broker(bench, capacity(2 * pages)) as broker:
         engine = broker.engine(handles=_PER_LAYER_HANDLES, keep=0)
         for _ in range(bench.rounds(3)):
             time.sleep(_STOCK_DECAY_SECONDS)
-            page = engine.ask(f"grow {pages}")["page"]
-            first.append(page[0])
-            grow += page
+            grow += engine.ask(f"grow {pages}")["page"]
             shrunk += engine.ask("shrink")["until_unmapped"]
     return {
         "ours_per_layer_grow_us": p50(grow),
@@ -512,7 +515,7 @@ def at_once(bench: Bench) -> Figures:
                 if process.line(_READY_SECONDS) != "ready":
                     raise process.failure()
             floor = churn(bench, alone)
-        with Broker(bench, capacity((count + 1) * _CHURN_PAGES)) as broker:
+        with Broker(bench, capacity(2 * count * _CHURN_PAGES)) as broker:
             ours = churn(bench, broker.engines(count, keep=0))
         for name, samples in (("floor", floor), ("ours", ours)):
             figures[f"{name}_map_at_{count}_p50_us"] = p50(samples["map"])
@@ -738,11 +741,12 @@ PARTS: list[tuple[str, Callable[[Bench], Figures], tuple[str, ...]]] = [
     ("shrink", shrink, ("ours_shrink", "ours_mapper_unmap")),
     ("pages per layer", per_layer, ("ours_per_layer_grow", "ours_per_layer_shrink")),
     ("a pool's first page", null_page,
-     ("ours_contiguous_first_page", "ours_per_layer_first_page")),
+     ("ours_contiguous_first_page", "ours_per_layer_first_page",
+      "ours_contiguous_reserve_and", "ours_per_layer_reserve_and")),
     ("memory from one engine to another", takes, ("ours_take", "takes_")),
     ("4 and 8 engines at once", at_once,
-     ("floor_map", "floor_unmap", "ours_map", "ours_unmap", "mapper_map",
-      "floor_pages", "ours_pages")),
+     ("floor_map_at", "floor_unmap_at", "ours_map_at", "ours_unmap_at", "mapper_map_at",
+      "floor_pages_per_s", "ours_pages_per_s")),
     ("two engines in turn", bursts, ("burst_",)),
     ("kvcached", kvcached, ("kvcached_",)),
 ]
@@ -756,6 +760,8 @@ def add_sums(figures: Figures) -> None:
 
 
 def measure(bench: Bench, figures: Figures, reasons: dict[str, str]) -> None:
+    """Fills both as it goes: an interrupt leaves what there is by then."""
+    reasons.update({what: "interrupted" for what, _, _ in PARTS})
     for what, part, _ in PARTS:
         if time.monotonic() > bench.deadline - 5:
             reasons[what] = "no time was left"
@@ -771,15 +777,19 @@ def measure(bench: Bench, figures: Figures, reasons: dict[str, str]) -> None:
         for key, figure in part_figures.items():
             note(f"   {key} {figure:,.5g}")
         figures.update(part_figures)
-    add_sums(figures)
+        add_sums(figures)
+        del reasons[what]
 
 
 def part_of(key: str) -> str | None:
-    """The measurement that gives it."""
-    for what, _, beginnings in PARTS:
-        if key.startswith(beginnings):
-            return what
-    return None
+    """The measurement that gives it: the one that names the most of it."""
+    named = [
+        (len(beginning), what)
+        for what, _, beginnings in PARTS
+        for beginning in beginnings
+        if key.startswith(beginning)
+    ]
+    return max(named)[1] if named else None
 
 
 def table(figures: Figures, reasons: dict[str, str]) -> Iterator[str]:
@@ -840,6 +850,7 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="kvb", dir="/tmp"))
     figures: Figures = {}
     reasons: dict[str, str] = {}
+    status = 0
     try:
         bench = Bench(folder, options)
         facts = machine(bench)
@@ -851,12 +862,15 @@ def main() -> int:
         )
         if bench.fake is not None:
             print("on the fake driver: no figure means anything", flush=True)
-        measure(bench, figures, reasons)
+        try:
+            measure(bench, figures, reasons)
+        except Interrupted as interrupted:
+            # What there is by now is printed.
+            status = interrupted.exit_status
     except BenchError as error:
         print(f"run.sh: {error}", file=sys.stderr)
         return 1
     except Interrupted as interrupted:
-        print("run.sh: interrupted", file=sys.stderr)
         return interrupted.exit_status
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -868,8 +882,7 @@ def main() -> int:
             {"machine": facts, "figures": figures, "not_measured": reasons}, indent=2
         )
         options.json.write_text(text + "\n", encoding="utf-8")
-    only_kvcached = set(reasons) <= {"kvcached"}
-    return 0 if only_kvcached else 1
+    return status or int(not set(reasons) <= {"kvcached"})
 
 
 if __name__ == "__main__":

@@ -11,11 +11,13 @@ from __future__ import annotations
 import json
 import os
 import time
+from pathlib import Path
 
 os.environ["KVCACHED_PAGE_PREALLOC_ENABLED"] = "false"
 os.environ["KVCACHED_MIN_RESERVED_PAGES"] = "0"
 os.environ["KVCACHED_MAX_RESERVED_PAGES"] = "0"
-os.environ["KVCACHED_IPC_NAME"] = f"bench_{os.getpid()}"
+_SEGMENT = f"bench_{os.getpid()}"
+os.environ["KVCACHED_IPC_NAME"] = _SEGMENT
 
 import torch
 from kvcached import vmm_ops
@@ -89,6 +91,7 @@ def main() -> None:
     del tensors
     print(flush=True)
     print(json.dumps(samples), flush=True)
+    Path("/dev/shm", _SEGMENT).unlink(missing_ok=True)
     # Its threads and its tensors' deleters do not always end well together.
     os._exit(0)
 
