@@ -113,7 +113,9 @@ bool Pool::Alloc(absl::Span<BlockId> out, Urgency urgency) {
 absl::Status Pool::Free(absl::Span<const BlockId> blocks) {
   MutexLock lock(&mu_);
   table_.SetNow(clock_.Now());
+  const PageCount idle = idle_pages();
   absl::Status freed = table_.Free(blocks, scheduled_);
+  idle_rose_ |= idle_pages() > idle;
   if (missing_ > 0) memory_came_.SignalAll();
   Changed();
   return freed;
@@ -612,6 +614,7 @@ absl::Time Pool::Decay(absl::Time now) {
   absl::Time due = absl::InfiniteFuture();
   {
     MutexLock lock(&mu_);
+    idle_rose_ = false;
     const PageCount guarded = guarded_pages(now);
     if (guarded > 0) due = guarded_until_;
     // Who waits for more pages will need these as well.
@@ -787,7 +790,8 @@ absl::Time Pool::SendReport(absl::Time now) {
   reported_at_ = now;
   dirty_ = false;
   session_.Send(report);
-  return due;
+  // Freed since Decay looked, while a report was due anyway: that woke nobody.
+  return idle_rose_ ? now : due;
 }
 
 // ---- the end ----

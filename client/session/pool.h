@@ -260,6 +260,7 @@ class Pool {
   PageCount reported_guarded_ ABSL_GUARDED_BY(mu_) = 0;  // as in use
   absl::Time reported_at_ ABSL_GUARDED_BY(mu_) = absl::InfinitePast();
   bool dirty_ ABSL_GUARDED_BY(mu_) = false;
+  bool idle_rose_ ABSL_GUARDED_BY(mu_) = false;  // since Decay looked
 };
 
 }  // namespace kvbroker::client

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <functional>
 #include <optional>
 #include <thread>
 #include <utility>
@@ -666,6 +667,38 @@ TEST_F(PoolTest, IdlePagesAboveTheMostThatMayBeReservedGoAtOnce) {
   EXPECT_GT(session_.TakeWakes(), 0);
   pool_->Work();
   EXPECT_THAT(session_.TakeOnly<Return>().pages, SizeIs(3));
+}
+
+// Calls `once` in the midst of the next Unmap.
+class InterruptedMapper : public NullMapper {
+ public:
+  absl::Status Unmap(PageIndex page) override {
+    if (once) std::exchange(once, nullptr)();
+    return NullMapper::Unmap(page);
+  }
+  std::function<void()> once;
+};
+
+TEST_F(PoolTest, APageFreedWhileOthersAreGivenBackIsNotForgotten) {
+  PoolOptions options = QuietOptions();
+  options.max_reserved_pages = 0;
+  auto owned = std::make_unique<InterruptedMapper>();
+  InterruptedMapper& mapper = *owned;
+  Make(options, std::move(owned));
+  const std::vector<BlockId> blocks = Fill(2);
+  const auto page = [&](size_t i) {
+    return absl::MakeConstSpan(blocks).subspan(i * kBlocksPerPage,
+                                               kBlocksPerPage);
+  };
+  clock_.Advance(absl::Milliseconds(10));
+  mapper.once = [&] { EXPECT_TRUE(pool_->Free(page(1)).ok()); };
+  ASSERT_TRUE(pool_->Free(page(0)).ok());
+  session_.TakeWakes();
+  const absl::Time due = pool_->Work();
+  EXPECT_EQ(mapper.mapped(), 1u);
+  EXPECT_TRUE(session_.TakeWakes() > 0 || due <= clock_.Now()) << due;
+  pool_->Work();
+  EXPECT_EQ(mapper.mapped(), 0u);
 }
 
 TEST_F(PoolTest, PagesThatCameForAWishAreNoneOfTheReserve) {

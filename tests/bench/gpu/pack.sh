@@ -6,14 +6,19 @@
 #   build/gpu_bundle/run.sh cuda_floor
 #   KVBROKER_TEST_REAL_GPU=1 build/gpu_bundle/run.sh cuda_conformance_test
 #   build/gpu_bundle/run.sh --fake cuda_floor      # the same, without a GPU
+#   build/gpu_bundle/tests/bench/gpu/run.sh        # the table of figures
 #
+# kvcached's source distribution, which the last of them builds where the GPU
+# is, comes along: build/kvcached-*.tar.gz, or what fetch_kvcached.sh finds.
 # The C and C++ runtimes are the other machine's: glibc 2.34 and GCC 12's or
 # newer.
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 
 targets=(
+  //tests/bench/gpu:bench_gpu
   //tests/bench/gpu:cuda_floor
+  //broker/server:kvbrokerd
   //broker/device/cuda:cuda_conformance_test
   //client/arena:cuda_mapper_test
   //tests/fake_cuda:libfake_cuda.so
@@ -38,12 +43,22 @@ strip "$out"/bin/* "$out"/tests/fake_cuda/*
 ldd "$out"/bin/* | awk '/=> \// {print $3}' | sort -u |
   grep -Ev '/(libc|libm|libdl|librt|libpthread|libgcc_s|libstdc\+\+)\.so' |
   xargs -r cp -Lt "$out/lib"
+# For what the libraries load in turn, too; that is what RUNPATH is not.
+for program in "$out"/bin/*; do
+  patchelf --force-rpath --set-rpath '$ORIGIN/../lib' "$program"
+done
+
+mkdir -p "$out/tests/bench/gpu"
+cp tests/bench/gpu/{run.sh,bench_gpu.py,bench_kvcached.py} "$out/tests/bench/gpu/"
+compgen -G 'build/kvcached-*.tar.gz' >/dev/null ||
+  tests/bench/gpu/fetch_kvcached.sh ||
+  echo "pack.sh: without kvcached, which could not be fetched" >&2
+cp build/kvcached-*.tar.gz "$out/" 2>/dev/null || true
 
 cat > "$out/run.sh" <<'RUN'
 #!/bin/bash
 # run.sh [--fake] PROGRAM [ARGUMENTS]
 here=$(cd "$(dirname "$0")" && pwd)
-export LD_LIBRARY_PATH=$here/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 if [[ ${1-} == --fake ]]; then
   shift
   export KVBROKER_CUDA_DRIVER=$here/tests/fake_cuda/libfake_cuda.so
