@@ -347,16 +347,18 @@ class Fleet:
                 )
 
     def books(self) -> dict[str, int]:
-        """The broker's sums in bytes, as it wrote them into its history last."""
-        last = b"{}"
+        """The broker's sums in bytes, after the last that it decided, by its history."""
         with (self.folder / "broker.history").open("rb") as history:
             history.seek(0, os.SEEK_END)
-            end = history.tell()
-            # A line is as long as the list of pages in it.
-            history.seek(max(0, end - 4 * MIB))
-            lines = history.read().split(b"\n")
-            if len(lines) > 1:
-                last = lines[-2]
+            # Some last lines are enough; each is as long as its list of pages.
+            history.seek(max(0, history.tell() - MIB))
+            lines = history.read().split(b"\n")[:-1]
+        # Several threads write: the order is that of the numbers, from each broker's start on.
+        latest, last = 0, b"{}"
+        for line in lines:
+            match = re.search(rb'"number":(\d+),', line)
+            if match and (b'"event":"start"' in line or int(match[1]) > latest):
+                latest, last = int(match[1]), line
         sums = json.loads(last)
         return {name: sums.get(name, 0) for name in ("lent", "stock", "releasing")}
 

@@ -129,12 +129,14 @@ class Soak:
                 self._rng.choice(alive).process.send_signal(signal.SIGTERM)
             elif chance < 0.45:
                 self._counts["limits_moved"] += 1
-                self._set("limit", self._rng.choice(alive).name, str(self._rng.randrange(2, 50) * self._fleet.limit_unit))
+                limit = self._rng.randrange(2, 50) * self._fleet.limit_unit
+                self._set("limit", self._rng.choice(alive).name, str(limit))
             elif chance < 0.50:
                 self._counts["policies_moved"] += 1
+                guarantee = self._rng.randrange(0, 8) * self._fleet.limit_unit
                 self._set(
                     "policy", self._rng.choice(alive).name,
-                    "--min", str(self._rng.randrange(0, 8) * self._fleet.limit_unit), "--weight", str(self._rng.choice((0.5, 1, 3))),
+                    "--min", str(guarantee), "--weight", str(self._rng.choice((0.5, 1, 3))),
                 )
         while doomed:
             self._kill_or_wake(doomed)
