@@ -107,18 +107,20 @@ collect_libraries "${folder}/lib" "${folder}"/bin/* "${folder}"/lib/*
 find_beside '$ORIGIN/../lib' "${folder}"/bin/*
 find_beside '$ORIGIN' "${folder}"/lib/*
 
-# Where each library is from: "NAME PACKAGE VERSION" lines. dpkg knows files by
+# Where each library is from: "NAME PACKAGE VERSION" lines. dpkg knows some by
 # the folder that they were in before /lib became a link.
 libraries_of "${bin}/${LIBRARY}" "${PROGRAMS[@]/#/${bin}/}" >"${work}/found"
 declare -A soname_of
 while read -r library path; do
-  is_runtime "${library}" || soname_of["$(basename -- "$(realpath -- "${path}")")"]="${library}"
+  ! is_runtime "${library}" || continue
+  path="$(realpath -- "${path}")"
+  soname_of["${path}"]="${library}"
+  soname_of["${path#/usr}"]="${library}"
 done <"${work}/found"
-files=("${!soname_of[@]}")
-dpkg-query --search -- "${files[@]/#/*\/}" | sort -u >"${work}/owners"
+# Fails for those that it does not know.
+dpkg-query --search -- "${!soname_of[@]}" >"${work}/owners" 2>/dev/null || true
 while IFS=: read -r package _ path; do
-  library="${soname_of["${path##*/}"]-}"
-  [[ -z "${library}" ]] || echo "${library}" \
+  echo "${soname_of["${path# }"]}" \
     "$(dpkg-query --show --showformat '${Package} ${Version}' -- "${package}")"
 done <"${work}/owners" >"${work}/packages"
 
