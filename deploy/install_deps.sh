@@ -34,6 +34,7 @@ readonly PACKAGES=(
   nlohmann-json3-dev
   # Scripts.
   git
+  patchelf
   procps
   python3
 )

@@ -6,7 +6,7 @@ set -euo pipefail
 usage() {
   cat <<EOF2
 usage: deploy/soak.sh MINUTES [--json FILE] [--seed N] [--round SECONDS] [--phase ROUNDS]
-                      [--capacity SIZE] [--keep]
+                      [--capacity SIZE] [--backend NAME] [--keep]
 Engines come and go, are killed and stopped, limits move, the broker is killed
 and restarted. Everything that was granted and mapped is recorded and checked
 afterwards. Ends with a JSON object of what was survived and PASSED, exit status
@@ -16,7 +16,8 @@ afterwards. Ends with a JSON object of what was survived and PASSED, exit status
   --round SECONDS   after each everybody leaves and nothing may be left [20]
   --phase ROUNDS    after each the history is checked; the broker is killed in
                     the last third of it [24]
-  --capacity SIZE   what the broker lends [48M]
+  --backend NAME    host, fake-cuda, or cuda: a GPU that nobody else uses [host]
+  --capacity SIZE   what the broker lends [48M; fake-cuda: 256M, cuda: 8G]
   --keep            leave logs and histories where they are
 EOF2
 }
@@ -38,5 +39,6 @@ cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 deploy/install_deps.sh
 export HOME="${HOME:-$(getent passwd "$(id -u)" | cut -d: -f6)}"
 bazel build --show_result=0 //broker/server:kvbrokerd //client/cli:kvctl \
-  //client/replay:kvbroker-replay //tests/history:history_check </dev/null
+  //client/replay:kvbroker-replay //tests/history:history_check \
+  //tests/fake_cuda:libfake_cuda.so </dev/null
 exec python3 -B tests/chaos/soak.py "$@"

@@ -41,7 +41,8 @@ struct MappingEvent {
   uint32_t pool = 0;     // counted from 0, in the order of the session's pools
   std::string instance;  // kPool: as the process calls itself
   PageIndex page;        // kMap, kUnmap
-  std::vector<MemoryIdentity> memory;  // kMap: of each handle of the page
+  // kMap: of each handle of the page whose descriptor tells.
+  std::vector<MemoryIdentity> memory;
 };
 
 // {"event":"map","at":123,"pid":7,"pool":0,"page":3,"memory":["1:2af"]}, with

@@ -73,7 +73,11 @@ absl::Status RecordingMapper::Map(PageIndex page,
     if (fstat(descriptor.get(), &file) != 0) {
       return ErrnoToStatus(errno, "fstat of a page's handle");
     }
-    event.memory.push_back({file.st_dev, file.st_ino});
+    // A GPU's descriptors are all of the driver's one device file, which tells
+    // no memory from another.
+    if (S_ISREG(file.st_mode)) {
+      event.memory.push_back({file.st_dev, file.st_ino});
+    }
   }
   recorder_.Record(std::move(event));
   absl::Status status = mapper_->Map(page, std::move(descriptors));

@@ -113,6 +113,19 @@ TEST_F(RecordingMapperTest, APageThatIsNotUnmappedIsNotRecordedAsSuch) {
   host.EndWork(PageIndex(1));
 }
 
+TEST_F(RecordingMapperTest, ADescriptorOfADeviceTellsNoMemoryFromAnother) {
+  auto mapper = MakeMapper();
+  std::vector<UniqueFd> handles;
+  for (int i = 0; i < 2; ++i) {
+    handles.emplace_back(open("/dev/null", O_RDWR | O_CLOEXEC));
+  }
+  // The mapper wants a memfd; that it was tried is on file.
+  EXPECT_FALSE(mapper->Map(PageIndex(0), std::move(handles)).ok());
+  EXPECT_THAT(Lines(),
+              ElementsAre(HasSubstr("pool"), HasSubstr(R"("memory":[])"),
+                          HasSubstr(R"("unmap")")));
+}
+
 // What it has mapped when it is killed is on file.
 TEST_F(RecordingMapperTest, AKilledProcessLeavesAllThatItMapped) {
   int ready[2];

@@ -9,7 +9,8 @@
 All of them record their history, and `check_history` compares it with what is promised.
 
 What is true is asked of the kernel: how much an engine maps is read from its /proc/PID/maps,
-not from what it or the broker says.
+not from what it or the broker says. On a GPU the driver is asked, how much of it is in use;
+devices.py has the kinds of memory.
 """
 
 from __future__ import annotations
@@ -29,8 +30,11 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+import devices
+
+MIB = 1 << 20
 # Somebody who needs longer than this has hung.
 PATIENCE_S = 60.0
 
@@ -46,6 +50,7 @@ class Engine:
     name: str
     process: subprocess.Popen[bytes]
     log: pathlib.Path
+    device: devices.Device
 
     @property
     def pid(self) -> int:
@@ -54,15 +59,9 @@ class Engine:
     def alive(self) -> bool:
         return self.process.poll() is None
 
-    def mapped_bytes(self) -> int:
-        """Bytes of broker memory that the process maps, by the kernel's word."""
-        total = 0
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            for line in pathlib.Path(f"/proc/{self.pid}/maps").read_text().splitlines():
-                if "/memfd:kvbroker" in line:
-                    first, last = (int(x, 16) for x in line.split(" ", 1)[0].split("-"))
-                    total += last - first
-        return total
+    def mapped_bytes(self) -> int | None:
+        """Bytes of broker memory that the process maps, by the kernel's word. None: it has none to say."""
+        return self.device.mapped_bytes(self.pid)
 
     def check_ended_well(self) -> dict[str, object]:
         """Its summary. Raises where it failed or its data was not what it had written."""
@@ -80,19 +79,37 @@ class Engine:
 
 
 def parse_arguments(
-    parser: argparse.ArgumentParser, capacity: str = "48M"
+    parser: argparse.ArgumentParser, capacity: str = devices.Device.capacity, gpu: bool = False
 ) -> tuple[argparse.Namespace, random.Random]:
-    """Reads the program's own arguments and those of all; prints the seed of the chance returned."""
+    """Reads the program's own arguments and those of all; prints the seed of the chance returned.
+
+    `gpu`: the program runs on GPUs too, with another capacity.
+    """
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "--bin", type=pathlib.Path, default=None, metavar="DIR",
         help="where bazel has put the programs [bazel-bin of this checkout]",
     )
     parser.add_argument("--seed", type=int, default=None, help="of all chance [the clock]; printed")
-    parser.add_argument("--capacity", default=capacity, help=f"what the broker may lend [{capacity}]")
+    usual = ", ".join(f"{name}: {kind.capacity}" for name, kind in devices.KINDS.items())
+    parser.add_argument(
+        "--capacity", metavar="SIZE", help=f"what the broker may lend [{usual if gpu else capacity}]"
+    )
+    if gpu:
+        parser.add_argument(
+            "--backend", choices=devices.BACKENDS, default="host",
+            help="whose memory: the host's, a fake GPU's, or a GPU's that nobody else uses [host]",
+        )
+        parser.add_argument("--gpu", metavar="UUID", help="with cuda: which one [NVML's first]")
+        parser.add_argument(
+            "--slack", type=float, default=1.0, metavar="MIB",
+            help="so much may the driver's figure be off the broker's books [1, less than a page]",
+        )
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="the counts, as JSON too")
     parser.add_argument("--keep", action="store_true", help="leave the logs where they are")
     arguments = parser.parse_args()
+    if arguments.capacity is None:
+        arguments.capacity = devices.KINDS[arguments.backend].capacity if gpu else capacity
     if arguments.seed is None:
         arguments.seed = time.time_ns() % 1_000_000
     print(f"seed {arguments.seed}", flush=True)
@@ -129,7 +146,16 @@ class Fleet:
         # Short: sockets live in it.
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix="kvb", dir="/tmp"))
         self.sockets = self.folder / "sockets"
-        self._device = f"CHAOS-{os.getpid()}"
+        try:
+            self.device = devices.open_device(
+                arguments, self.folder, bin_dir / "tests/fake_cuda/libfake_cuda.so"
+            )
+        except devices.DeviceError as error:
+            raise ChaosError(str(error)) from error
+        self._slack = int(getattr(arguments, "slack", 0) * MIB)
+        self._used_at_start = self.device.used_bytes()
+        self._device_agreements = 0
+        self._largest_difference = 0
         self.broker: subprocess.Popen[bytes] | None = None
         self.broker_starts = 0
         self.engines: list[Engine] = []
@@ -148,6 +174,7 @@ class Fleet:
         if self.broker is not None:
             self.broker.kill()
             self.broker.wait()
+        self.device.close()
         if kind is not None and issubclass(kind, Exception):
             log = self.broker_log()
             print(f"---- the broker's last lines, of {log}", file=sys.stderr)
@@ -163,6 +190,15 @@ class Fleet:
         if not program.exists():
             raise ChaosError(f"{program} is not there; run: bazel build //broker/... //client/... //tests/history/...")
         return program
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.device.name != devices.Device.name
+
+    @property
+    def limit_unit(self) -> int:
+        """What is 1 MiB to the host's engines."""
+        return MIB * devices.Device.scale // self.device.scale
 
     # ---- the broker ----
 
@@ -181,8 +217,8 @@ class Fleet:
         with self.broker_log().open("wb") as log:
             self.broker = subprocess.Popen(
                 [
-                    program or self._broker_program, "--backend=host",
-                    f"--device-uuid={self._device}", f"--capacity={self._capacity}",
+                    program or self._broker_program, *self.device.broker_flags,
+                    f"--capacity={self._capacity}",
                     f"--socket-dir={self.sockets}", f"--lock-dir={self.folder / 'locks'}",
                     f"--state-dir={self.folder / 'state'}", f"--ready-fd={writer}",
                     *([f"--history-file={self.folder / 'broker.history'}"] if self._recorded else []),
@@ -234,18 +270,22 @@ class Fleet:
         self, name: str, *flags: str, trace: str = "builtin:conv", seed: int = 1,
         environment: Mapping[str, str] | None = None, prefix: Sequence[str] = (),
     ) -> Engine:
-        """`prefix`: a command that runs it, such as unshare."""
+        """`prefix`: a command that runs it, such as unshare. Without --scale it is the device's."""
         self._started += 1
         log = self.folder / f"{name}.{self._started}.log"
+        if not any(flag.startswith("--scale") for flag in flags):
+            flags = (*flags, f"--scale={self.device.scale}")
+        if self.device.engines_recorded:
+            flags = (*flags, f"--history={log.with_suffix('.history')}")
         with log.open("wb") as out:
             process = subprocess.Popen(
                 [
                     *prefix, self._replay, "--name", name, "--address", self.sockets, "--trace", trace,
-                    "--seed", str(seed), "--json", f"--history={log.with_suffix('.history')}", *flags,
+                    "--seed", str(seed), "--json", *flags,
                 ],
                 stdout=out, stderr=out, env={**os.environ, **(environment or {})},
             )
-        engine = Engine(name, process, log)
+        engine = Engine(name, process, log, self.device)
         self.engines.append(engine)
         return engine
 
@@ -297,13 +337,78 @@ class Fleet:
         mapped = engine.mapped_bytes()
         return before == mapped and held() == before
 
-    def await_agreement(self) -> None:
-        for engine in self.engines:
-            if engine.alive():
+    def await_agreement(self, engines: Iterable[Engine] | None = None) -> None:
+        """Of broker and kernel, on each engine [all]; on a real GPU there is nothing to compare."""
+        for engine in self.engines if engines is None else engines:
+            if engine.alive() and engine.mapped_bytes() is not None:
                 self.eventually(
                     f"the ledger agrees with what {engine.name} maps, {engine.mapped_bytes()} bytes",
                     lambda engine=engine: not engine.alive() or self.agreed(engine),
                 )
+
+    def books(self) -> dict[str, int]:
+        """The broker's sums in bytes, after the last that it decided, by its history."""
+        with (self.folder / "broker.history").open("rb") as history:
+            history.seek(0, os.SEEK_END)
+            # Some last lines are enough; each is as long as its list of pages.
+            history.seek(max(0, history.tell() - MIB))
+            lines = history.read().split(b"\n")[:-1]
+        # Several threads write: the order is that of the numbers, from each broker's start on.
+        latest, last = 0, b"{}"
+        for line in lines:
+            match = re.search(rb'"number":(\d+),', line)
+            if match and (b'"event":"start"' in line or int(match[1]) > latest):
+                latest, last = int(match[1]), line
+        sums = json.loads(last)
+        return {name: sums.get(name, 0) for name in ("lent", "stock", "releasing")}
+
+    def await_device_agreement(self) -> None:
+        """What is in use of the GPU, above what was at first, is what the broker has lent or in stock.
+
+        For when no engine is alive: each takes memory that is not the broker's.
+        """
+        if self._used_at_start is None or not self._recorded:
+            return
+
+        def agree() -> bool:
+            before = self.books()
+            seen.update(above_start=self.device.used_bytes() - self._used_at_start)
+            seen.update(self.books())
+            difference = abs(seen["above_start"] - seen["lent"] - seen["stock"])
+            if seen["releasing"] != 0 or before != self.books() or difference > self._slack:
+                return False
+            self._largest_difference = max(self._largest_difference, difference)
+            return True
+
+        seen: dict[str, int] = {}
+        try:
+            self.eventually("the driver and the broker's books agree", agree)
+        except ChaosError as error:
+            raise ChaosError(f"{error}; in bytes: {seen}") from error
+        self._device_agreements += 1
+
+    def check_device(self) -> dict[str, object]:
+        """Ends all that runs. The GPU's memory is as free as it was at first; figures of that."""
+        for engine in self.engines:
+            engine.process.kill()
+            engine.process.wait()
+        if self.broker is not None:
+            self.kill_broker(signal.SIGTERM)
+        if self._used_at_start is None:
+            return {}
+        start = time.monotonic()
+        while (used := self.device.used_bytes()) - self._used_at_start > self._slack:
+            if time.monotonic() - start > PATIENCE_S:
+                raise ChaosError(
+                    f"of the GPU {used} bytes are in use when all have ended, {self._used_at_start} were at first"
+                )
+            time.sleep(0.05)
+        return {
+            "used_mib_at_start": round(self._used_at_start / MIB, 1),
+            "used_mib_at_end": round(used / MIB, 1),
+            "times_books_agreed_with_the_driver": self._device_agreements,
+            "largest_difference_mib": round(self._largest_difference / MIB, 1),
+        }
 
     def check_history(self, free_within_s: float = 1.0) -> dict[str, object]:
         """Ends the broker and checks the history of all that was. What was seen, by history_check."""

@@ -2,7 +2,8 @@
 
 After each start of a new one all engines resume; then the broker's books agree with what the
 kernel says that each engine maps. No engine may fail, and none may find a block that is not
-as it wrote it. With --upgrade-from the starts alternate with another build of the broker.
+as it wrote it. With --upgrade-from the starts alternate with another build of the broker. On a GPU
+all engines leave now and then, and the driver counts no more memory than the broker does.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ import signal
 import time
 
 import fleet as chaos
+
+# On a GPU, after so many kills all engines leave and new ones come.
+KILLS_BETWEEN_QUIET = 10
 
 ENGINES = {"conv": "builtin:conv", "code": "builtin:code", "code2": "builtin:code"}
 
@@ -28,7 +32,7 @@ def main() -> None:
         "--upgrade-from", type=pathlib.Path, metavar="KVBROKERD",
         help="every other broker is this program",
     )
-    arguments, rng = chaos.parse_arguments(parser)
+    arguments, rng = chaos.parse_arguments(parser, gpu=True)
 
     resumed_after: list[float] = []
     done = 0
@@ -55,13 +59,24 @@ def main() -> None:
                 for engine in engines.values()
             )
 
+        def leave() -> None:
+            nonlocal done
+            for engine in engines.values():
+                engine.process.send_signal(signal.SIGTERM)
+            for engine in engines.values():
+                engine.check_ended_well()
+                done += 1
+                fleet.forget(engine)
+            fleet.await_empty(("conv",))
+            fleet.await_device_agreement()
+
         fleet.eventually("all engines are connected", all_resumed)
         limit = None
         for kill in range(arguments.kills):
             time.sleep(rng.uniform(0, 1.0))
             if rng.random() < 0.2:
                 # An operator's limit must be in force again after the restart.
-                limit = rng.choice([12, 24, 48]) << 20
+                limit = rng.choice([12, 24, 48]) * fleet.limit_unit
                 fleet.kvctl("limit", "conv", str(limit))
                 limit_changes += 1
             fleet.kill_broker(signal.SIGTERM if rng.random() < arguments.terminate else signal.SIGKILL)
@@ -80,17 +95,15 @@ def main() -> None:
                     done += 1
                     fleet.forget(engine)
                     engines[name] = start(name)
+            if fleet.is_gpu and (kill + 1) % KILLS_BETWEEN_QUIET == 0:
+                leave()
+                engines.update({name: start(name) for name in ENGINES})
             fleet.eventually("all engines are connected", all_resumed)
             progress.say(
                 f"{kill + 1} of {arguments.kills} kills; engines back after at most "
                 f"{max(resumed_after) * 1000:.0f} ms; {done} engines done"
             )
-        for engine in engines.values():
-            engine.process.send_signal(signal.SIGTERM)
-        for engine in engines.values():
-            engine.check_ended_well()
-            done += 1
-        fleet.await_empty(("conv",))
+        leave()
         counts = {
             "broker_kills": arguments.kills,
             "engines_back_ms_p50": round(sorted(resumed_after)[len(resumed_after) // 2] * 1000, 1),
@@ -98,6 +111,7 @@ def main() -> None:
             "engines_whole": done,
             "limit_changes": limit_changes,
             "history": fleet.check_history(),
+            "device": fleet.check_device(),
         }
         chaos.report(counts, arguments)
 
