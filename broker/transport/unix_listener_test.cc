@@ -8,8 +8,11 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include <atomic>
+#include <cstdint>
 #include <optional>
 #include <string>
+#include <thread>
 
 #include "broker/base/temp_folder.h"
 
@@ -58,6 +61,29 @@ TEST_F(UnixListenerTest, AStaleSocketIsReplacedAndASuccessorsIsNotRemoved) {
   ASSERT_TRUE(next.ok()) << next.status();
   old.reset();
   EXPECT_TRUE(CanConnect(path, SOCK_STREAM));
+}
+
+// Who looks for a broker that is being restarted finds a socket.
+TEST_F(UnixListenerTest, AStaleSocketIsReplacedWithoutAGap) {
+  const std::string path = Path("a.sock");
+  std::optional<UnixListener> last(*UnixListener::Bind(path, SOCK_STREAM, {}));
+  std::atomic<bool> done = false;
+  int64_t looks = 0, gaps = 0;
+  std::thread looker([&] {
+    while (!done) {
+      ++looks;
+      gaps += Mode(path) < 0;
+    }
+  });
+  for (int i = 0; i < 200; ++i) {
+    std::optional<UnixListener> next(
+        *UnixListener::Bind(path, SOCK_STREAM, {}));
+    last.swap(next);
+  }
+  done = true;
+  looker.join();
+  EXPECT_GT(looks, 0);
+  EXPECT_EQ(gaps, 0);
 }
 
 TEST_F(UnixListenerTest, OtherFilesAreNotReplaced) {

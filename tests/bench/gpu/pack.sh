@@ -7,6 +7,7 @@
 #   KVBROKER_TEST_REAL_GPU=1 build/gpu_bundle/run.sh cuda_conformance_test
 #   build/gpu_bundle/run.sh --fake cuda_floor      # the same, without a GPU
 #   build/gpu_bundle/tests/bench/gpu/run.sh        # the table of figures
+#   python3 -B tests/chaos/kill_engines.py --backend cuda --bin build/gpu_bundle
 #
 # kvcached's source distribution, which the last of them builds where the GPU
 # is, comes along: build/kvcached-*.tar.gz, or what fetch_kvcached.sh finds.
@@ -19,6 +20,9 @@ targets=(
   //tests/bench/gpu:bench_gpu
   //tests/bench/gpu:cuda_floor
   //broker/server:kvbrokerd
+  //client/cli:kvctl
+  //client/replay:kvbroker-replay
+  //tests/history:history_check
   //broker/device/cuda:cuda_conformance_test
   //client/arena:cuda_mapper_test
   //tests/fake_cuda:libfake_cuda.so
@@ -54,6 +58,13 @@ compgen -G 'build/kvcached-*.tar.gz' >/dev/null ||
   tests/bench/gpu/fetch_kvcached.sh ||
   echo "pack.sh: without kvcached, which could not be fetched" >&2
 cp build/kvcached-*.tar.gz "$out/" 2>/dev/null || true
+
+# As bazel-bin has them, for tests/chaos with --bin build/gpu_bundle.
+for program in broker/server/kvbrokerd client/cli/kvctl \
+  client/replay/kvbroker-replay tests/history/history_check; do
+  mkdir -p "$out/${program%/*}"
+  ln -rs "$out/bin/${program##*/}" "$out/$program"
+done
 
 cat > "$out/run.sh" <<'RUN'
 #!/bin/bash
