@@ -66,7 +66,9 @@ TEST_F(UnixListenerTest, AStaleSocketIsReplacedAndASuccessorsIsNotRemoved) {
 // Who looks for a broker that is being restarted finds a socket.
 TEST_F(UnixListenerTest, AStaleSocketIsReplacedWithoutAGap) {
   const std::string path = Path("a.sock");
-  std::optional<UnixListener> last(*UnixListener::Bind(path, SOCK_STREAM, {}));
+  // The last one and the one in its place.
+  std::optional<UnixListener> listeners[2];
+  listeners[1].emplace(*UnixListener::Bind(path, SOCK_STREAM, {}));
   std::atomic<bool> done = false;
   int64_t looks = 0, gaps = 0;
   std::thread looker([&] {
@@ -76,9 +78,7 @@ TEST_F(UnixListenerTest, AStaleSocketIsReplacedWithoutAGap) {
     }
   });
   for (int i = 0; i < 200; ++i) {
-    std::optional<UnixListener> next(
-        *UnixListener::Bind(path, SOCK_STREAM, {}));
-    last.swap(next);
+    listeners[i % 2].emplace(*UnixListener::Bind(path, SOCK_STREAM, {}));
   }
   done = true;
   looker.join();
