@@ -386,10 +386,16 @@ TEST_P(BackendConformanceTest, WithoutDescriptorsItRefusesAndHoldsNothing) {
   Handle handle = MustCreate();
   UniqueFd exported = MustExport(handle);  // Warms up what is done only once.
   absl::Status export_refusal;
+  std::vector<UniqueFd> more;
   absl::StatusOr<Handle> created;
   {
     NoMoreDescriptors none;
-    export_refusal = backend().Export(handle).status();
+    // A backend may find one by closing what it only keeps.
+    for (int i = 0; i < 8 && export_refusal.ok(); ++i) {
+      absl::StatusOr<UniqueFd> fd = backend().Export(handle);
+      export_refusal = fd.status();
+      if (fd.ok()) more.push_back(*std::move(fd));
+    }
     created = backend().Create(handle_size());
     // A handle needs no descriptor in every backend; giving one up never does.
     if (created.ok()) created->Reset();

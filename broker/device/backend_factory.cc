@@ -1,5 +1,7 @@
 #include "broker/device/backend_factory.h"
 
+#include <sys/resource.h>
+
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -11,12 +13,19 @@ namespace kvbroker {
 
 namespace {
 
+size_t DescriptorLimit() {
+  rlimit limit{};
+  return getrlimit(RLIMIT_NOFILE, &limit) == 0 ? limit.rlim_cur : 1024;
+}
+
 absl::StatusOr<ChosenBackend> MakeCuda(const BackendOptions& options) {
   ASSIGN_OR_RETURN(std::unique_ptr<CudaDriver> driver,
                    CudaDriver::Load(DriverPaths::Default()));
   ASSIGN_OR_RETURN(
       std::unique_ptr<CudaBackend> backend,
-      CudaBackend::Create(std::move(driver), {.gpu = options.gpu}));
+      CudaBackend::Create(std::move(driver),
+                          {.gpu = options.gpu,
+                           .kept_descriptors = DescriptorLimit() / 8}));
   std::string reason = absl::StrCat(
       "cuda: ", options.name == "cuda" ? "asked for" : "the best here", "; ",
       backend->device().name, ", driver ", backend->driver().nvidia_version(),

@@ -5,6 +5,7 @@
 
 #include <cstdio>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "broker/base/check.h"
@@ -35,11 +36,12 @@ absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(
   ASSIGN_OR_RETURN(NvmlDevice nvml, NvmlDevice::Find(*driver, device.uuid));
   ASSIGN_OR_RETURN(NvmlMemory memory, nvml.ReadMemory());
   return std::unique_ptr<CudaBackend>(new CudaBackend(
-      std::move(driver), std::move(device), nvml, memory.total, options.rdma));
+      std::move(driver), std::move(device), nvml, memory.total, options));
 }
 
 CudaBackend::CudaBackend(std::unique_ptr<CudaDriver> driver, CudaDevice device,
-                         NvmlDevice nvml, Bytes total, bool rdma)
+                         NvmlDevice nvml, Bytes total,
+                         const CudaBackendOptions& options)
     : driver_(std::move(driver)),
       device_(std::move(device)),
       nvml_(nvml),
@@ -47,7 +49,8 @@ CudaBackend::CudaBackend(std::unique_ptr<CudaDriver> driver, CudaDevice device,
             .device_uuid = device_.uuid,
             .total = total,
             .granularity = device_.granularity},
-      prop_(PropOf(device_, rdma)) {}
+      prop_(PropOf(device_, options.rdma)),
+      max_kept_(options.kept_descriptors) {}
 
 CudaBackend::~CudaBackend() {
   MutexLock lock(&mu_);
@@ -82,20 +85,34 @@ absl::StatusOr<Handle> CudaBackend::Create(Bytes size) {
   RETURN_IF_ERROR(CudaStatusOfDescriptorCall(result, "cuMemCreate"));
   MutexLock lock(&mu_);
   const uint64_t token = next_token_++;
-  live_.emplace(token, made);
+  live_[token].made = made;
   return Handle(this, token, size);
 }
 
 absl::StatusOr<UniqueFd> CudaBackend::Export(const Handle& handle) {
+  if (!handle) {
+    return absl::InvalidArgumentError(
+        "only a live handle of this backend can be exported");
+  }
+  absl::StatusOr<UniqueFd> fd = TryExport(handle.token());
+  // Descriptors that are only kept are the first to go.
+  if (absl::IsResourceExhausted(fd.status()) && DropKept()) {
+    fd = TryExport(handle.token());
+  }
+  return fd;
+}
+
+absl::StatusOr<UniqueFd> CudaBackend::TryExport(uint64_t token) {
   cuda::CUmemGenericAllocationHandle made = 0;
   {
     MutexLock lock(&mu_);
-    auto it = handle ? live_.find(handle.token()) : live_.end();
+    auto it = live_.find(token);
     if (it == live_.end()) {
       return absl::InvalidArgumentError(
           "only a live handle of this backend can be exported");
     }
-    made = it->second;
+    if (it->second.kept) return it->second.kept.Duplicate();
+    made = it->second.made;
   }
   exports_.fetch_add(1, std::memory_order_relaxed);
   int number = -1;
@@ -107,7 +124,35 @@ absl::StatusOr<UniqueFd> CudaBackend::Export(const Handle& handle) {
   if (fcntl(number, F_SETFD, FD_CLOEXEC) != 0) {
     return ErrnoToStatus(errno, "F_SETFD of an export");
   }
+  Keep(token, fd);
   return fd;
+}
+
+void CudaBackend::Keep(uint64_t token, const UniqueFd& fd) {
+  MutexLock lock(&mu_);
+  auto it = live_.find(token);
+  if (kept_ >= max_kept_ || it == live_.end() || it->second.kept) return;
+  absl::StatusOr<UniqueFd> copy = fd.Duplicate();
+  if (!copy.ok()) return;
+  it->second.kept = *std::move(copy);
+  ++kept_;
+}
+
+bool CudaBackend::DropKept() {
+  std::vector<UniqueFd> dropped;
+  {
+    MutexLock lock(&mu_);
+    for (auto& [token, allocation] : live_) {
+      if (allocation.kept) dropped.push_back(std::move(allocation.kept));
+    }
+    kept_ = 0;
+  }
+  return !dropped.empty();
+}
+
+size_t CudaBackend::kept_descriptors() {
+  MutexLock lock(&mu_);
+  return kept_;
 }
 
 absl::StatusOr<NvmlMemory> CudaBackend::ReadMemory() {
@@ -121,17 +166,20 @@ absl::StatusOr<Bytes> CudaBackend::UsedBytes() {
 }
 
 void CudaBackend::Release(uint64_t token) {
-  cuda::CUmemGenericAllocationHandle made = 0;
+  Allocation gone;
   {
     MutexLock lock(&mu_);
     auto it = live_.find(token);
     KVB_CHECK(it != live_.end());
-    made = it->second;
+    gone = std::move(it->second);
     live_.erase(it);
+    if (gone.kept) --kept_;
   }
+  // A reference as any other.
+  gone.kept.Reset();
   releases_.fetch_add(1, std::memory_order_relaxed);
   absl::Status released =
-      CudaStatus(driver_->cuda().cuMemRelease(made), "cuMemRelease");
+      CudaStatus(driver_->cuda().cuMemRelease(gone.made), "cuMemRelease");
   if (released.ok()) return;
   failed_releases_.fetch_add(1, std::memory_order_relaxed);
   std::fprintf(stderr, "a handle's memory was not given back: %s\n",

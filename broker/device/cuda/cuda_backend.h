@@ -11,7 +11,10 @@
 // handle, all descriptors, imports and mappings of it are gone, those of
 // processes that died included. New memory reads as zero.
 //
-// A descriptor is made when it is asked for and not kept; a handle needs none.
+// A descriptor is made when it is asked for first. Up to so many are kept until
+// their handle is released, since making one and closing the last copy of it are
+// the dearest calls of all where the kernel is slow at it (0.7 and 0.6 ms
+// measured, against 0.1 ms for all the rest). They go when descriptors are short.
 //
 // Threads: safe. No lock is held over a driver call.
 #ifndef KVBROKER_BROKER_DEVICE_CUDA_CUDA_BACKEND_H_
@@ -40,6 +43,8 @@ struct CudaBackendOptions {
   std::string gpu;
   // Memory that network cards can read and write.
   bool rdma = false;
+  // Descriptors that are kept for the next Export of the same handle.
+  size_t kept_descriptors = 1024;
 };
 
 class CudaBackend : public Backend {
@@ -68,10 +73,22 @@ class CudaBackend : public Backend {
   const CudaDevice& device() const { return device_; }
   const CudaDriver& driver() const { return *driver_; }
   Counts counts() const;
+  size_t kept_descriptors();
 
  private:
+  struct Allocation {
+    cuda::CUmemGenericAllocationHandle made = 0;
+    UniqueFd kept;  // a descriptor of it, or none
+  };
+
   CudaBackend(std::unique_ptr<CudaDriver> driver, CudaDevice device,
-              NvmlDevice nvml, Bytes total, bool rdma);
+              NvmlDevice nvml, Bytes total, const CudaBackendOptions& options);
+
+  absl::StatusOr<UniqueFd> TryExport(uint64_t token);
+  // Keeps a copy where there is room and the handle lives.
+  void Keep(uint64_t token, const UniqueFd& fd);
+  // Closes what is kept; false where nothing was.
+  bool DropKept();
 
   void Release(uint64_t token) override;
   absl::StatusOr<NvmlMemory> ReadMemory();
@@ -81,6 +98,7 @@ class CudaBackend : public Backend {
   const NvmlDevice nvml_;
   const BackendInfo info_;
   const cuda::CUmemAllocationProp prop_;
+  const size_t max_kept_;
 
   std::atomic<int64_t> creates_ = 0;
   std::atomic<int64_t> exports_ = 0;
@@ -90,8 +108,8 @@ class CudaBackend : public Backend {
 
   Mutex mu_;
   uint64_t next_token_ ABSL_GUARDED_BY(mu_) = 1;
-  absl::flat_hash_map<uint64_t, cuda::CUmemGenericAllocationHandle> live_
-      ABSL_GUARDED_BY(mu_);
+  absl::flat_hash_map<uint64_t, Allocation> live_ ABSL_GUARDED_BY(mu_);
+  size_t kept_ ABSL_GUARDED_BY(mu_) = 0;
 };
 
 }  // namespace kvbroker

@@ -354,7 +354,7 @@ TEST_F(CudaTest, CountsTheDriverCallsOfEachOperation) {
   handle->Reset();
   const CudaBackend::Counts counts = (*backend)->counts();
   EXPECT_EQ(counts.creates - start.creates, 1);
-  EXPECT_EQ(counts.exports - start.exports, 2);
+  EXPECT_EQ(counts.exports - start.exports, 1) << "the descriptor is kept";
   EXPECT_EQ(counts.releases - start.releases, 1);
   EXPECT_EQ(counts.memory_readings - start.memory_readings, 1);
   EXPECT_EQ(counts.failed_releases, 0);
@@ -407,6 +407,48 @@ TEST_F(CudaTest, WithoutDescriptorsItSaysHowToGetSome) {
   setrlimit(RLIMIT_NOFILE, &limit);
   EXPECT_EQ(status.code(), StatusCode::kResourceExhausted);
   EXPECT_TRUE(Has(status, "LimitNOFILE")) << status;
+}
+
+TEST_F(CudaTest, KeepsSoManyDescriptorsUntilTheirHandlesGo) {
+  auto backend = *CudaBackend::Create(*CudaDriver::Load(fake_.paths()),
+                                      {.kept_descriptors = 2});
+  Handle handles[3];
+  for (Handle& handle : handles) {
+    handle = *backend->Create(MiB(2));
+    for (int i = 0; i < 3; ++i) EXPECT_TRUE(backend->Export(handle).ok());
+  }
+  EXPECT_EQ(backend->kept_descriptors(), 2);
+  EXPECT_EQ(backend->counts().exports, 1 + 1 + 3);
+  handles[0].Reset();
+  EXPECT_EQ(backend->kept_descriptors(), 1);
+  EXPECT_EQ(*backend->UsedBytes(), MiB(4)) << "a kept one keeps no memory";
+  EXPECT_TRUE(backend->Export(handles[2]).ok());
+  EXPECT_EQ(backend->kept_descriptors(), 2);
+}
+
+TEST_F(CudaTest, WhereDescriptorsAreShortTheKeptOnesGo) {
+  auto backend = Make();
+  ASSERT_TRUE(backend.ok()) << backend.status();
+  Handle first = *(*backend)->Create(MiB(2));
+  Handle second = *(*backend)->Create(MiB(2));
+  ASSERT_TRUE((*backend)->Export(first).ok());
+  ASSERT_TRUE((*backend)->Export(second).ok());
+  ASSERT_EQ((*backend)->kept_descriptors(), 2);
+  // No other descriptor than those that are open now.
+  std::vector<UniqueFd> filler;
+  rlimit limit;
+  getrlimit(RLIMIT_NOFILE, &limit);
+  const rlimit few = {.rlim_cur = 64, .rlim_max = limit.rlim_max};
+  setrlimit(RLIMIT_NOFILE, &few);
+  for (;;) {
+    UniqueFd fd(open("/dev/null", O_RDONLY | O_CLOEXEC));
+    if (!fd) break;
+    filler.push_back(std::move(fd));
+  }
+  absl::StatusOr<UniqueFd> exported = (*backend)->Export(second);
+  setrlimit(RLIMIT_NOFILE, &limit);
+  EXPECT_TRUE(exported.ok()) << exported.status();
+  EXPECT_LT((*backend)->kept_descriptors(), 2);
 }
 
 TEST_F(CudaTest, AReleaseThatFailsIsCountedAndHarmless) {
