@@ -244,17 +244,26 @@ class Core {
   std::string WhoIsToResume() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
   // ---- others.cc: memory of the device that is not lent ----
+  using ByProcess = std::map<uint32_t, Bytes>;  // by pid
   // What of the device's used memory may be this broker's, and what surely is.
   struct Books {
     Bytes surely, possibly;
   };
   Books ReadBooks() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // What processes of sessions surely use besides pages, of two readings.
+  ByProcess OfOurs(const ByProcess& first, const ByProcess& last)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Reads what the device has in use. Without the lock.
   void Measure() ABSL_LOCKS_EXCLUDED(mu_);
   void MeasureSoon(absl::Duration delay) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Takes what others use, or have declared, off what may be lent.
   void UpdateOthers(Actions& actions) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   Bytes SumOfDeclared() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // What others use and engines have declared, without counting anything twice:
+  // `used` by others in all, `by_process` of them by each of our sessions'
+  // processes that the device knows.
+  Bytes Needed(Bytes used, const ByProcess& by_process)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // What may be lent where so much of the device is not the broker's.
   Bytes LendableBeside(Bytes foreign) const;
   // What more is lent than others leave room for.
@@ -378,6 +387,7 @@ class Core {
   // Others. Used by them, as measured; a growth counts when a second reading
   // shows it, too.
   Bytes foreign_ ABSL_GUARDED_BY(mu_);
+  ByProcess foreign_by_process_ ABSL_GUARDED_BY(mu_);
   std::optional<std::pair<absl::Time, Bytes>> suspected_ ABSL_GUARDED_BY(mu_);
   absl::Time measured_at_ ABSL_GUARDED_BY(mu_) = absl::InfinitePast();
   absl::Time measure_at_ ABSL_GUARDED_BY(mu_) = absl::InfiniteFuture();

@@ -56,7 +56,7 @@ void Core::Run(Actions actions) {
         MakeOnExecutor(std::make_shared<MakePages>(std::move(make)));
       }
     }
-    if (!IsSmall(actions.let_go.size(), done)) {
+    if (!actions.let_go.empty() && !IsSmall(actions.let_go.size(), done)) {
       options_.executor([handles = std::make_shared<std::vector<HandleRef>>(
                              std::move(actions.let_go))] { handles->clear(); });
     }

@@ -39,6 +39,44 @@ Bytes Core::SumOfDeclared() {
   return sum;
 }
 
+Bytes Core::Needed(Bytes used, const ByProcess& by_process) {
+  // Of processes that the device knows: the rest of what each has declared. Of
+  // the others, who may be anywhere in what is used: the rest of their sum.
+  ByProcess declared;
+  for (const auto& [id, session] : sessions_) {
+    declared[session.peer.pid] += session.declared_peak;
+  }
+  Bytes rest, unknown, of_known;
+  for (const auto& [pid, peak] : declared) {
+    auto seen = by_process.find(pid);
+    if (pid == 0 || seen == by_process.end()) {
+      unknown += peak;
+    } else {
+      of_known += seen->second;
+      rest += std::max(Bytes(0), peak - seen->second);
+    }
+  }
+  const Bytes of_unknown = std::max(Bytes(0), used - of_known);
+  return used + rest + std::max(Bytes(0), unknown - of_unknown);
+}
+
+Core::ByProcess Core::OfOurs(const ByProcess& first, const ByProcess& last) {
+  ByProcess lent;
+  for (const auto& [id, session] : sessions_) {
+    lent[session.peer.pid] += ledger_.FindSession(id)->held;
+  }
+  ByProcess ours;
+  for (const auto& [pid, held] : lent) {
+    auto a = first.find(pid), b = last.find(pid);
+    if (pid == 0 || a == first.end() || b == last.end()) continue;
+    // With charge=engine its pages are charged to it as well.
+    const Bytes pages =
+        options_.charge == CoreOptions::Charge::kEngine ? held : Bytes(0);
+    ours[pid] = std::max(Bytes(0), std::min(a->second, b->second) - pages);
+  }
+  return ours;
+}
+
 Bytes Core::LendableBeside(Bytes foreign) const {
   const Bytes left =
       options_.backend->info().total - *options_.headroom - foreign;
@@ -54,7 +92,11 @@ void Core::Measure() {
     measure_at_ = absl::InfiniteFuture();
     before = ReadBooks();
   }
+  // First and last: what a process has taken or given meanwhile is counted as
+  // needed rather than as there to lend.
+  const auto first = options_.backend->UsedByProcess();
   const absl::StatusOr<Bytes> used = options_.backend->UsedBytes();
+  const auto last = options_.backend->UsedByProcess();
   Actions actions;
   {
     MutexLock lock(&mu_);
@@ -66,24 +108,33 @@ void Core::Measure() {
       }
     } else {
       measuring_fails_ = false;
-      const Books after = ReadBooks();
       measured_at_ = now;
+      const Books after = ReadBooks();
       const Bytes low = std::max(
           Bytes(0), *used - std::max(before.possibly, after.possibly));
       const Bytes high =
           std::max(Bytes(0), *used - std::min(before.surely, after.surely));
-      if (low <= foreign_) {
+      const ByProcess by_process =
+          first.ok() && last.ok() ? OfOurs(*first, *last) : ByProcess();
+      const Bytes needed = Needed(foreign_, foreign_by_process_);
+      const Bytes needed_low = Needed(low, by_process);
+      auto take = [&](Bytes foreign) {
+        mu_.AssertHeld();
+        foreign_ = foreign;
+        foreign_by_process_ = by_process;
         suspected_.reset();
-        foreign_ = std::min(foreign_, high);
+      };
+      if (needed_low <= needed) {
+        suspected_.reset();
+        if (Needed(high, by_process) <= needed) take(high);
       } else if (!suspected_) {
         // An allocation that is gone a moment later moves nobody's pages.
-        suspected_ = {now, low};
+        suspected_ = {now, needed_low};
         MeasureSoon(kMeasureAgain);
-      } else if (now - suspected_->first >= kMeasureAgain) {
-        foreign_ = std::max(foreign_, std::min(low, suspected_->second));
-        suspected_.reset();
-      } else {
+      } else if (now - suspected_->first < kMeasureAgain) {
         MeasureSoon(suspected_->first + kMeasureAgain - now);
+      } else if (suspected_->second > needed) {
+        take(low);
       }
       UpdateOthers(actions);
     }
@@ -94,8 +145,8 @@ void Core::Measure() {
 void Core::UpdateOthers(Actions& actions) {
   if (!options_.headroom) return;
   const Bytes declared = SumOfDeclared();
-  const Bytes others =
-      options_.capacity - LendableBeside(std::max(foreign_, declared));
+  const Bytes others = options_.capacity -
+                       LendableBeside(Needed(foreign_, foreign_by_process_));
   if (others == ledger_.others()) return;
   ledger_.SetOthers(others);
   actions.log.push_back(absl::StrCat(
@@ -106,8 +157,9 @@ void Core::UpdateOthers(Actions& actions) {
 
 std::vector<Take> Core::TakesToMakeRoom(const PolicySnapshot& snapshot) {
   const Bytes need = ledger_.lent() - ledger_.lendable();
-  const Bytes hard = ledger_.lent() - LendableBeside(SumOfDeclared());
-  return TakesForOthers(snapshot, need, std::max(hard, Bytes(0)),
+  // What was promised and is not used yet; who uses more already has it.
+  const Bytes promised = Needed(foreign_, foreign_by_process_) - foreign_;
+  return TakesForOthers(snapshot, need, std::min(need, promised),
                         Now() - overdrawn_since_, options_.policy);
 }
 

@@ -1,6 +1,9 @@
 // Memory of the device that others use: the core with a fake device of 12 MiB, of
 // which 10 may be lent at most and 2 stay free. Pages are of 1 MiB.
+#include <cstdint>
+#include <map>
 #include <string>
+#include <vector>
 
 #include "broker/core/core.h"
 #include "broker/core/testing/fake_client.h"
@@ -250,6 +253,30 @@ TEST_F(OthersTest, WhoTakesTheMemoryFirstHasIt) {
   EXPECT_EQ(Broker().held, Bytes(0));
 }
 
+// Two engines with a context each beside what they have declared, and one who
+// has declared nothing.
+TEST_F(OthersTest, WhatIsDeclaredComesOnTopOfWhatOtherProcessesUse) {
+  FakeClient& a =
+      world_.Start({.name = "a", .pid = 71, .declared_peak = MiB(3)});
+  world_.Start({.name = "b", .pid = 72});
+  auto use = [&](Bytes by_a, Bytes by_b, Bytes by_a_stranger) {
+    world_.device().SetProcessBytes(
+        std::map<uint32_t, Bytes>{{71, by_a}, {72, by_b}, {99, by_a_stranger}});
+    SetForeign(by_a + by_b + by_a_stranger);
+  };
+  use(Bytes(0), MiB(1), MiB(2));
+  EXPECT_EQ(Broker().others, MiB(6));
+  use(MiB(2), MiB(1), MiB(2));
+  EXPECT_EQ(Broker().others, MiB(6)) << "of what it has declared";
+  use(MiB(4), MiB(1), MiB(2));
+  EXPECT_EQ(Broker().others, MiB(7)) << "more than it has declared";
+  use(MiB(3), MiB(1), Bytes(0));
+  EXPECT_EQ(Broker().others, MiB(4));
+  a.Die();
+  use(Bytes(0), MiB(1), Bytes(0));
+  EXPECT_EQ(Broker().others, MiB(1));
+}
+
 class ChargeEngineTest : public OthersTest {
  protected:
   ChargeEngineTest() : OthersTest(Shared(CoreOptions::Charge::kEngine)) {}
@@ -268,6 +295,17 @@ TEST_F(ChargeEngineTest, WhatIsMappedIsTheEnginesAlone) {
   a.Ask({.at_least = 10});
   world_.Settle();
   EXPECT_EQ(a.mapped(), 10);
+}
+
+TEST_F(ChargeEngineTest, PagesAreNoPartOfAnEnginesPeak) {
+  FakeClient& a = world_.Start({.name = "a", .pid = 71, .declared_peak = MiB(2)});
+  a.Ask({.at_least = 4});
+  world_.Settle();
+  // Its pages, and half of what it has declared.
+  world_.device().SetProcessBytes(std::map<uint32_t, Bytes>{{71, MiB(5)}});
+  SetForeign(MiB(1));
+  EXPECT_EQ(Broker().foreign, MiB(1));
+  EXPECT_EQ(Broker().others, MiB(2));
 }
 
 TEST_F(ChargeEngineTest, ADeathFreesByItself) {

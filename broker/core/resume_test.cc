@@ -166,7 +166,7 @@ TEST_F(ResumeTest, WhatAnEngineHoldsIsAdoptedAndCounts) {
   Restart();
   EXPECT_EQ(Held("a"), Bytes(0));
   ASSERT_EQ(OpenAgain(a), absl::OkStatus());
-  EXPECT_EQ(a.ear->opened.feature_bits, kFeatureResume);
+  EXPECT_EQ(a.ear->opened.feature_bits, kFeatures);
   ASSERT_EQ(Say(a, {pages[0], pages[1]}, false), absl::OkStatus());
   ASSERT_EQ(Say(a, {pages[3]}, true), absl::OkStatus());
   EXPECT_EQ(Held("a"), kPage * 3);

@@ -17,6 +17,7 @@
 #define KVBROKER_BROKER_DEVICE_BACKEND_H_
 
 #include <cstdint>
+#include <map>
 #include <string>
 #include <utility>
 
@@ -87,6 +88,12 @@ class Backend {
   // Bytes of the device's memory in use by anybody, this backend's own
   // allocations included.
   virtual absl::StatusOr<Bytes> UsedBytes() = 0;
+
+  // Of them, what the device charges to which process, by pid; handles that
+  // their creator holds are nobody's. UNIMPLEMENTED: the device does not say.
+  virtual absl::StatusOr<std::map<uint32_t, Bytes>> UsedByProcess() {
+    return absl::UnimplementedError("the device does not say who uses it");
+  }
 
  private:
   friend class Handle;

@@ -198,6 +198,18 @@ void FakeBackend::SetForeignBytes(Bytes foreign) {
   foreign_ = foreign;
 }
 
+void FakeBackend::SetProcessBytes(
+    std::optional<std::map<uint32_t, Bytes>> by_process) {
+  MutexLock lock(&mu_);
+  by_process_ = std::move(by_process);
+}
+
+absl::StatusOr<std::map<uint32_t, Bytes>> FakeBackend::UsedByProcess() {
+  MutexLock lock(&mu_);
+  if (!by_process_) return Backend::UsedByProcess();
+  return *by_process_;
+}
+
 Bytes FakeBackend::foreign_bytes() {
   MutexLock lock(&mu_);
   return foreign_;

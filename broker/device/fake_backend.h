@@ -28,6 +28,8 @@
 #include <cstdint>
 #include <deque>
 #include <functional>
+#include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -71,6 +73,7 @@ class FakeBackend : public Backend {
   absl::StatusOr<UniqueFd> Export(const Handle& handle) override;
   // Foreign bytes included.
   absl::StatusOr<Bytes> UsedBytes() override;
+  absl::StatusOr<std::map<uint32_t, Bytes>> UsedByProcess() override;
 
   // --- The importers' side ---------------------------------------------------
   // Takes a reference to the handle that `fd` was exported from and returns its
@@ -89,6 +92,8 @@ class FakeBackend : public Backend {
   void OnCreate(std::function<void(Bytes size)> hook);
   // Memory that somebody else takes from the device.
   void SetForeignBytes(Bytes foreign);
+  // Of them, what belongs to known processes; unset: the device does not say.
+  void SetProcessBytes(std::optional<std::map<uint32_t, Bytes>> by_process);
   Bytes foreign_bytes();
 
   // --- What a test asks ------------------------------------------------------
@@ -136,6 +141,7 @@ class FakeBackend : public Backend {
   int64_t live_handles_ ABSL_GUARDED_BY(mu_) = 0;
   Bytes used_ ABSL_GUARDED_BY(mu_);
   Bytes foreign_ ABSL_GUARDED_BY(mu_);
+  std::optional<std::map<uint32_t, Bytes>> by_process_ ABSL_GUARDED_BY(mu_);
   Counts counts_ ABSL_GUARDED_BY(mu_);
   std::deque<absl::Status> create_failures_ ABSL_GUARDED_BY(mu_);
   std::function<void(Bytes)> create_hook_ ABSL_GUARDED_BY(mu_);

@@ -60,6 +60,9 @@ class FaultInjectingBackend : public Backend {
   absl::StatusOr<Handle> Create(Bytes size) override;
   absl::StatusOr<UniqueFd> Export(const Handle& handle) override;
   absl::StatusOr<Bytes> UsedBytes() override;
+  absl::StatusOr<std::map<uint32_t, Bytes>> UsedByProcess() override {
+    return behind_.UsedByProcess();
+  }
 
  private:
   struct Script {

@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -70,6 +71,12 @@ class BlockSource {
   virtual int64_t CapacityBlocks() const = 0;
 
   virtual BlockUsage Usage() const = 0;
+
+  // How often memory besides the pool was taken, and was not there.
+  struct OtherMemory {
+    int64_t taken = 0, failed = 0;
+  };
+  virtual std::optional<OtherMemory> Other() const { return std::nullopt; }
 
   // Not OK: the device failed, and contents are what they are.
   virtual absl::Status Health() const { return absl::OkStatus(); }

@@ -6,6 +6,7 @@
 #include "client/address/broker_address.h"
 #include "client/arena/cuda_driver.h"
 #include "client/history/recording_mapper.h"
+#include "client/replay/activations.h"
 #include "client/replay/cuda_block_memory.h"
 #include "client/replay/pool_block_source.h"
 #include "client/session/open_session.h"
@@ -34,9 +35,11 @@ class CudaBlockSource : public BrokerBlockSource {
  public:
   CudaBlockSource(std::unique_ptr<client::MappingRecorder> recorder,
                   std::unique_ptr<client::Session> session,
-                  std::unique_ptr<CudaBlockMemory> memory)
+                  std::unique_ptr<CudaBlockMemory> memory,
+                  std::unique_ptr<Activations> activations)
       : BrokerBlockSource(std::move(recorder), std::move(session)),
-        memory_(std::move(memory)) {
+        memory_(std::move(memory)),
+        activations_(std::move(activations)) {
     pool().mapper().AddStream(memory_->stream());
   }
   ~CudaBlockSource() override {
@@ -55,6 +58,10 @@ class CudaBlockSource : public BrokerBlockSource {
     return memory_->Read(pool().block_data(block));
   }
   absl::Status Health() const override { return memory_->status(); }
+  std::optional<OtherMemory> Other() const override {
+    if (activations_ == nullptr) return std::nullopt;
+    return OtherMemory{activations_->taken(), activations_->failed()};
+  }
 
  protected:
   void WhenDone(client::StepId step) override {
@@ -63,7 +70,15 @@ class CudaBlockSource : public BrokerBlockSource {
 
  private:
   const std::unique_ptr<CudaBlockMemory> memory_;
+  const std::unique_ptr<Activations> activations_;  // or null
 };
+
+// How long activations are there, and then are not.
+constexpr absl::Duration kActivationPeriod = absl::Milliseconds(100);
+// How long the broker has to make room for them.
+constexpr absl::Duration kRoomWithin = absl::Minutes(1);
+// What a context and its module take of the GPU, about.
+constexpr Bytes kContextBytes = GiB(1);
 
 // Slots of the pool: what a replay may come to hold at most. Addresses cost
 // nothing, but the block table has an entry for each of their blocks.
@@ -109,8 +124,22 @@ absl::StatusOr<std::unique_ptr<BlockSource>> MakeBrokerBlockSource(
         CudaBlockMemory::Create(
             *driver, broker.device_uuid,
             static_cast<size_t>(options.geometry.block_bytes.count())));
+    std::unique_ptr<Activations> activations;
+    if (options.activations) {
+      RETURN_IF_ERROR(opened->MakeRoom(*options.activations + kContextBytes,
+                                       kRoomWithin));
+      ASSIGN_OR_RETURN(
+          activations,
+          Activations::Start(*driver, broker.device_uuid, *options.activations,
+                             kActivationPeriod));
+    }
     return std::make_unique<CudaBlockSource>(
-        std::move(recorder), std::move(opened), std::move(memory));
+        std::move(recorder), std::move(opened), std::move(memory),
+        std::move(activations));
+  }
+  if (options.activations) {
+    return absl::InvalidArgumentError(
+        "--activations are a GPU's memory, and this broker lends the host's");
   }
   return std::make_unique<BrokerBlockSource>(std::move(recorder),
                                              std::move(opened));

@@ -104,6 +104,14 @@ absl::StatusOr<ReplaySummary> Replay(const ReplayOptions& options, Trace trace,
   const ReplayRun run = RunReplay(scheduler, *source, pace, listener, clock);
 
   RETURN_IF_ERROR(source->Health());
+  if (const auto other = source->Other()) {
+    absl::FPrintF(stderr, "kvbroker-replay: activations: %d taken, %d failed\n",
+                  other->taken, other->failed);
+    if (other->failed > 0) {
+      return absl::ResourceExhaustedError(
+          "memory that was declared to the broker was not there");
+    }
+  }
   if (rejections > kRejectionsTold) {
     absl::FPrintF(stderr, "kvbroker-replay: ... and %d more such requests\n",
                   rejections - kRejectionsTold);

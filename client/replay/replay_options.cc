@@ -37,7 +37,7 @@ constexpr double kMaxWeight = 1e6;
 // afterwards, with messages of our own.
 struct Fields {
   std::string model = "llama-3.1-8b";
-  std::optional<std::string> origin, static_share, min, max;
+  std::optional<std::string> origin, static_share, activations, min, max;
   int64_t seed = kDefaultTraceSeed;
   std::optional<double> start_at;
 };
@@ -83,12 +83,13 @@ absl::Status CheckCombinations(const ReplayOptions& options) {
   }
   if (options.static_share.has_value() &&
       (!options.address.empty() || !options.gpu.empty() ||
-       !options.backend.empty() || options.min.has_value() ||
+       !options.backend.empty() || options.activations.has_value() ||
+       options.min.has_value() ||
        options.max.has_value() || options.weight.has_value() ||
        !options.history_file.empty())) {
     return absl::InvalidArgumentError(
-        "--static-share needs no broker: --address, --gpu, --backend, --min, "
-        "--max, --weight and --history do not go with it");
+        "--static-share needs no broker: --address, --gpu, --backend, "
+        "--activations, --min, --max, --weight and --history do not go with it");
   }
   if (options.min.has_value() && options.max.has_value() &&
       *options.min > *options.max) {
@@ -142,6 +143,8 @@ absl::Status Complete(const Fields& fields, ReplayOptions& options) {
                    ScaledGeometry(options.model, options.scale));
   ASSIGN_OR_RETURN(options.static_share,
                    ParseSize("--static-share", fields.static_share));
+  ASSIGN_OR_RETURN(options.activations,
+                   ParseSize("--activations", fields.activations));
   ASSIGN_OR_RETURN(options.min, ParseSize("--min", fields.min));
   ASSIGN_OR_RETURN(options.max, ParseSize("--max", fields.max));
   if (options.weight.has_value()) {
@@ -244,6 +247,11 @@ void AddOptions(CLI::App& app, ReplayOptions& options, Fields& fields) {
                  "the device's name: GPU-... has cuda]")
       ->type_name("NAME")
       ->check(CLI::IsMember({"host", "cuda"}))
+      ->group(memory);
+  app.add_option("--activations", fields.activations,
+                 "With cuda: memory besides the KV cache that is taken and given "
+                 "back every 100 ms, and declared to the broker")
+      ->type_name("SIZE")
       ->group(memory);
   app.add_option("--min", fields.min, "Guaranteed by the broker")
       ->type_name("SIZE")

@@ -44,6 +44,8 @@ struct ReplayOptions {
   std::string address;                // the broker's; empty: found by itself
   std::string gpu;      // of several brokers; empty: there is one
   std::string backend;  // "host", "cuda"; empty: what the device's name says
+  // GPU memory that is taken and given back all the time, and declared.
+  std::optional<Bytes> activations;
   std::optional<Bytes> min;
   std::optional<Bytes> max;
   std::optional<double> weight;

@@ -75,6 +75,10 @@ class FakeCuda {
   void SetForeign(int device, int64_t bytes) const {
     Call<void(int, int64_t)>("fakeCudaSetForeign")(device, bytes);
   }
+  // What NVML says that a process uses, in this process; -1: it does not know.
+  void SetProcess(uint32_t pid, int64_t bytes) const {
+    Call<void(unsigned int, int64_t)>("fakeCudaSetProcess")(pid, bytes);
+  }
   // A kernel that runs in `stream` until its end is called.
   void BeginWork(void* stream) const {
     Call<void(void*)>("fakeCudaBeginWork")(stream);

@@ -109,6 +109,9 @@ struct Fake {
   std::map<CUstream, Stream> streams;    // those with work, whoever made them
   std::set<CUstream> created_streams;
   int host_allocations = 0;
+  std::map<unsigned int, unsigned long long> processes;  // of every device
+  unsigned long long next_plain = 0;
+  std::map<unsigned long long, long long> plain;  // cuMemAlloc
   std::map<Event*, Event> events;
   int waiting = 0;
   std::condition_variable work_ended, waiter_came;
@@ -745,6 +748,31 @@ EXPORTED CUresult cuLaunchHostFunc(CUstream stream, CUhostFn function,
   return CUDA_SUCCESS;
 }
 
+// Memory of the process itself: figures only, which others see as foreign.
+EXPORTED CUresult cuMemAlloc_v2(CUdeviceptr* address, size_t size) {
+  ENTER(Needs::kContext);
+  MachineLock machine(f.machine);
+  const long long bytes = static_cast<long long>(size);
+  if (f.machine->charged[0] + f.machine->foreign[0] + bytes >
+      static_cast<long long>(f.total)) {
+    return CUDA_ERROR_OUT_OF_MEMORY;
+  }
+  f.machine->foreign[0] += bytes;
+  f.plain[++f.next_plain] = bytes;
+  *address = f.next_plain;
+  return CUDA_SUCCESS;
+}
+
+EXPORTED CUresult cuMemFree_v2(CUdeviceptr address) {
+  ENTER(Needs::kContext);
+  auto it = f.plain.find(address);
+  if (it == f.plain.end()) return CUDA_ERROR_INVALID_VALUE;
+  MachineLock machine(f.machine);
+  f.machine->foreign[0] -= it->second;
+  f.plain.erase(it);
+  return CUDA_SUCCESS;
+}
+
 EXPORTED CUresult cuMemHostAlloc(void** memory, size_t size,
                                  unsigned int flags) {
   ENTER(Needs::kContext);
@@ -906,6 +934,17 @@ EXPORTED nvmlReturn_t nvmlDeviceGetMemoryInfo(nvmlDevice_t device,
 }
 
 #if FAKE_CUDA_VERSION >= 11060
+EXPORTED nvmlReturn_t nvmlDeviceGetComputeRunningProcesses_v3(
+    nvmlDevice_t device, unsigned int* count, nvmlProcessInfo_t* processes) {
+  ENTER_NVML();
+  if (DeviceOf(f, device) < 0) return NVML_ERROR_NOT_FOUND;
+  const unsigned int room = *count;
+  *count = static_cast<unsigned int>(f.processes.size());
+  if (room < *count) return NVML_ERROR_INSUFFICIENT_SIZE;
+  for (auto& [pid, bytes] : f.processes) *processes++ = {pid, bytes, 0, 0};
+  return NVML_SUCCESS;
+}
+
 EXPORTED nvmlReturn_t nvmlDeviceGetMemoryInfo_v2(nvmlDevice_t device,
                                                  nvmlMemory_v2_t* memory) {
   ENTER_NVML();
@@ -951,6 +990,8 @@ EXPORTED void fakeCudaReset() {
   for (CUstream stream : f.created_streams) delete static_cast<char*>(stream);
   f.created_streams.clear();
   f.host_allocations = 0;
+  f.processes.clear();
+  f.plain.clear();
   f.failures.clear();
   f.latencies.clear();
   f.calls.clear();
@@ -986,6 +1027,12 @@ EXPORTED void fakeCudaSetForeign(int device, int64_t bytes) {
   if (!Configure(f)) return;
   MachineLock machine(f.machine);
   f.machine->foreign[device] = bytes;
+}
+
+EXPORTED void fakeCudaSetProcess(unsigned int pid, int64_t bytes) {
+  Fake& f = fake();
+  std::lock_guard<std::mutex> lock(f.mu);
+  f.processes[pid] = static_cast<unsigned long long>(bytes);
 }
 
 EXPORTED void fakeCudaBeginWork(void* stream) {

@@ -4,13 +4,13 @@
 
 FAKE=$(realpath "$RUNFILES/tests/fake_cuda/libfake_cuda.so")
 export KVBROKER_CUDA_DRIVER=$FAKE KVBROKER_NVML=$FAKE
-export KVBROKER_FAKE_CUDA_DIR=$WORK/gpu KVBROKER_FAKE_CUDA_TOTAL=$((3 << 30))
+export KVBROKER_FAKE_CUDA_DIR=$WORK/gpu KVBROKER_FAKE_CUDA_TOTAL=$((1536 << 20))
 mkdir "$WORK/gpu"
 GPU=GPU-fa6e0000-0000-4000-8000-000000000000
 
 # Nothing says which backend: a GPU that can serve is taken.
 start broker "$KVBROKERD" --socket-dir "$ADDRESS" --lock-dir "$WORK/locks" \
-  --state-dir none --capacity 192M
+  --state-dir none --headroom 64M
 BROKER=$LAST
 eventually 20 kvctl list >/dev/null 2>&1 || fail "the broker does not answer"
 grep -q "backend=cuda (cuda: the best here; Fake GPU" "$WORK/broker.log" ||
@@ -32,9 +32,17 @@ kill -9 "$VICTIM"
 wait "$VICTIM" 2>/dev/null || true
 gone() { ! kvctl list --json | grep -q victim; }
 eventually 10 gone || fail "victim is still listed"
-for engine in "$CHAT" "$CODE"; do
+# One that needs memory of its own, besides what it borrows: the others make room.
+start active "$REPLAY" --name active --address "$ADDRESS" --scale 64 \
+  --speedup 40 --window 200 --activations 256M
+ACTIVE=$LAST
+for engine in "$CHAT" "$CODE" "$ACTIVE"; do
   wait "$engine" || fail "an engine failed"
 done
+grep -q "activations: [1-9][0-9]* taken, 0 failed" "$WORK/active.log" ||
+  fail "activations were not there"
+grep -q "make-room .*declared=$((1280 << 20))" "$WORK/broker.log" ||
+  fail "no room was asked for"
 for name in chat code; do
   grep -q '"integrity_errors":0' <(tr -d ' ' <"$WORK/$name.log") ||
     fail "the data of $name is not whole"

@@ -155,6 +155,8 @@ static_assert(sizeof(CUmemAccessDesc) == 12);
   X(kContext, cuStreamDestroy, "cuStreamDestroy_v2", CUstream stream)          \
   X(kContext, cuLaunchHostFunc, "cuLaunchHostFunc", CUstream stream,           \
     CUhostFn function, void* data)                                             \
+  X(kContext, cuMemAlloc, "cuMemAlloc_v2", CUdeviceptr* address, size_t size)  \
+  X(kContext, cuMemFree, "cuMemFree_v2", CUdeviceptr address)                  \
   X(kContext, cuMemHostAlloc, "cuMemHostAlloc", void** memory, size_t size,    \
     unsigned int flags)                                                        \
   X(kContext, cuMemFreeHost, "cuMemFreeHost", void* memory)                    \
@@ -176,6 +178,7 @@ inline constexpr nvmlReturn_t NVML_SUCCESS = 0;
 inline constexpr nvmlReturn_t NVML_ERROR_NOT_SUPPORTED = 3;
 inline constexpr nvmlReturn_t NVML_ERROR_NO_PERMISSION = 4;
 inline constexpr nvmlReturn_t NVML_ERROR_NOT_FOUND = 6;
+inline constexpr nvmlReturn_t NVML_ERROR_INSUFFICIENT_SIZE = 7;
 inline constexpr nvmlReturn_t NVML_ERROR_DRIVER_NOT_LOADED = 9;
 inline constexpr nvmlReturn_t NVML_ERROR_FUNCTION_NOT_FOUND = 13;
 inline constexpr nvmlReturn_t NVML_ERROR_GPU_IS_LOST = 15;
@@ -195,8 +198,17 @@ static_assert(sizeof(nvmlMemory_v2_t) == 40);
 inline constexpr unsigned int kNvmlMemoryV2 =
     sizeof(nvmlMemory_v2_t) | (2u << 24);
 
-// Required ones first; a driver before 510 has no nvmlDeviceGetMemoryInfo_v2,
-// one before 450 no nvmlDeviceGetMigMode.
+struct nvmlProcessInfo_t {
+  unsigned int pid;
+  unsigned long long usedGpuMemory;
+  unsigned int gpuInstanceId, computeInstanceId;
+};
+static_assert(sizeof(nvmlProcessInfo_t) == 24);
+inline constexpr unsigned long long kNvmlNotAvailable = ~0ull;
+
+// Required ones first; a driver before 510 has no nvmlDeviceGetMemoryInfo_v2 and
+// no nvmlDeviceGetComputeRunningProcesses_v3, one before 450 no
+// nvmlDeviceGetMigMode.
 #define KVBROKER_NVML_FUNCTIONS(X)                                       \
   X(kRequired, nvmlInit, "nvmlInit_v2", void)                            \
   X(kRequired, nvmlShutdown, "nvmlShutdown", void)                       \
@@ -208,6 +220,9 @@ inline constexpr unsigned int kNvmlMemoryV2 =
     nvmlDevice_t device, nvmlMemory_t* memory)                           \
   X(kOptional, nvmlDeviceGetMemoryInfo_v2, "nvmlDeviceGetMemoryInfo_v2", \
     nvmlDevice_t device, nvmlMemory_v2_t* memory)                        \
+  X(kOptional, nvmlDeviceGetComputeRunningProcesses,                     \
+    "nvmlDeviceGetComputeRunningProcesses_v3", nvmlDevice_t device,      \
+    unsigned int* count, nvmlProcessInfo_t* processes)                   \
   X(kOptional, nvmlDeviceGetMigMode, "nvmlDeviceGetMigMode",             \
     nvmlDevice_t device, unsigned int* current, unsigned int* pending)
 

@@ -69,6 +69,9 @@ class CudaBackend : public Backend {
   absl::StatusOr<UniqueFd> Export(const Handle& handle) override;
   // What NVML says, whoever has it.
   absl::StatusOr<Bytes> UsedBytes() override;
+  absl::StatusOr<std::map<uint32_t, Bytes>> UsedByProcess() override {
+    return nvml_.ReadProcesses();
+  }
 
   const CudaDevice& device() const { return device_; }
   const CudaDriver& driver() const { return *driver_; }

@@ -451,6 +451,23 @@ TEST_F(CudaTest, WhereDescriptorsAreShortTheKeptOnesGo) {
   EXPECT_LT((*backend)->kept_descriptors(), 2);
 }
 
+TEST_F(CudaTest, SaysWhichProcessUsesHowMuch) {
+  auto backend = Make();
+  ASSERT_TRUE(backend.ok()) << backend.status();
+  EXPECT_TRUE((*backend)->UsedByProcess()->empty());
+  // More than are asked for at first, and one that is not known.
+  for (uint32_t pid = 1; pid <= 40; ++pid) fake_.SetProcess(pid, 1000 * pid);
+  fake_.SetProcess(41, -1);
+  auto used = (*backend)->UsedByProcess();
+  ASSERT_TRUE(used.ok()) << used.status();
+  EXPECT_EQ(used->size(), 40);
+  EXPECT_EQ(used->at(40), Bytes(40'000));
+  fake_.Fail("nvmlDeviceGetComputeRunningProcesses_v3", 1,
+             cuda::NVML_ERROR_GPU_IS_LOST);
+  EXPECT_EQ((*backend)->UsedByProcess().status().code(),
+            StatusCode::kUnavailable);
+}
+
 TEST_F(CudaTest, AReleaseThatFailsIsCountedAndHarmless) {
   auto backend = Make();
   ASSERT_TRUE(backend.ok()) << backend.status();

@@ -56,6 +56,7 @@ struct NvmlFunctions {
   using nvmlDevice_t = cuda::nvmlDevice_t;
   using nvmlMemory_t = cuda::nvmlMemory_t;
   using nvmlMemory_v2_t = cuda::nvmlMemory_v2_t;
+  using nvmlProcessInfo_t = cuda::nvmlProcessInfo_t;
   KVBROKER_NVML_FUNCTIONS(KVBROKER_DECLARE)
 #undef KVBROKER_DECLARE
 };

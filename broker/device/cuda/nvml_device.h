@@ -2,6 +2,8 @@
 #ifndef KVBROKER_BROKER_DEVICE_CUDA_NVML_DEVICE_H_
 #define KVBROKER_BROKER_DEVICE_CUDA_NVML_DEVICE_H_
 
+#include <cstdint>
+#include <map>
 #include <string>
 
 #include "absl/status/statusor.h"
@@ -24,6 +26,9 @@ class NvmlDevice {
                                          const std::string& uuid);
 
   absl::StatusOr<NvmlMemory> ReadMemory() const;
+  // What is charged to which process, by its pid in the namespace of this one.
+  // UNIMPLEMENTED: the driver is too old to say.
+  absl::StatusOr<std::map<uint32_t, Bytes>> ReadProcesses() const;
   // False where the GPU or the driver knows no MIG.
   absl::StatusOr<bool> MigEnabled() const;
 
