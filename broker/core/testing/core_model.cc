@@ -39,7 +39,8 @@ const FakeEngine& EngineOf(uint32_t which) {
 
 // The weighted max-min split, found by walking from one bend of the curve to
 // the next: another way than the policy's.
-std::vector<double> SplitOf(const std::vector<InstanceStatus>& instances) {
+std::vector<double> SplitOf(const std::vector<InstanceStatus>& instances,
+                            Bytes lendable) {
   struct Bounds {
     double low, high, weight;
   };
@@ -48,7 +49,7 @@ std::vector<double> SplitOf(const std::vector<InstanceStatus>& instances) {
   for (const InstanceStatus& instance : instances) {
     const Bytes demand = instance.held - instance.idle + instance.waiting;
     const double high = static_cast<double>(
-        std::min({demand, instance.max, kCapacity}).count());
+        std::min({demand, instance.max, lendable}).count());
     const double low =
         std::min(static_cast<double>(instance.min.count()), high);
     bounds.push_back({low, high, instance.weight});
@@ -63,7 +64,7 @@ std::vector<double> SplitOf(const std::vector<InstanceStatus>& instances) {
     }
     return sum;
   };
-  const double capacity = static_cast<double>(kCapacity.count());
+  const double capacity = static_cast<double>(lendable.count());
   double level = bends.back();
   for (size_t i = 1; i < bends.size(); ++i) {
     const double before = sum_at(bends[i - 1]), after = sum_at(bends[i]);
@@ -87,6 +88,8 @@ CoreModel::CoreModel(Bulk bulk)
     : world_({.capacity = kCapacity,
               // No room for anything that is not on the books.
               .device = kCapacity,
+              // Others may use it, too.
+              .headroom = Bytes(0),
               .max_stock = Bytes(kCapacity.count() / 4),
               .descriptor_window = 16,
               .bulk_by_hand = bulk == Bulk::kOnExecutor,
@@ -216,6 +219,13 @@ void CoreModel::Do(const Instruction& instruction) {
           .IgnoreError();
       return;
     }
+    case Op::kForeign:
+      // No more than there is beside what is lent already.
+      world_.device().SetForeignBytes(std::min(
+          Bytes(kCapacity.count() / 10 * (a % 8)),
+          kCapacity - (*world_.device().UsedBytes() -
+                       world_.device().foreign_bytes())));
+      return;
     case Op::kFailCreates:
       for (uint32_t i = 0; i <= a % 3; ++i) {
         world_.device().FailNextCreate(
@@ -287,6 +297,13 @@ void CoreModel::Do(const Instruction& instruction) {
       pages.resize(std::min<size_t>(pages.size(), 1 + b % 4));
       return process->Return(process->pool(pool), pages);
     }
+    case Op::kRoom: {
+      if (process->room_asked()) return;
+      constexpr int kDeadlines[] = {50, 500, 4000, 20000};
+      process->AskRoom(Bytes(kCapacity.count() / 10 * (a % 6)),
+                       absl::Milliseconds(kDeadlines[c % 4]));
+      return;
+    }
     case Op::kMark:
       return process->Mark(1 + b % 6, static_cast<FakeClient::Use>(c % 3), {},
                            a % process->pool_count());
@@ -312,9 +329,12 @@ void CoreModel::Do(const Instruction& instruction) {
 }
 
 std::vector<std::pair<const FakeClient*, Sequence>> CoreModel::MustBeServed() {
-  const std::vector<InstanceStatus> instances =
-      world_.core().Snapshot().instances;
-  const std::vector<double> shares = SplitOf(instances);
+  const CoreSnapshot snapshot = world_.core().Snapshot();
+  const std::vector<InstanceStatus>& instances = snapshot.instances;
+  const Bytes lendable = kCapacity - snapshot.broker.others;
+  // What comes back now is for others.
+  if (snapshot.broker.held > lendable) return {};
+  const std::vector<double> shares = SplitOf(instances, lendable);
   auto clients_of = [&](const InstanceStatus& instance) {
     std::vector<const FakeClient*> clients;
     for (const FakeClient* client : processes_) {
@@ -328,7 +348,7 @@ std::vector<std::pair<const FakeClient*, Sequence>> CoreModel::MustBeServed() {
 
   // What is free, and what each instance can give: pages above its share, of
   // which the last may cross it, none below its `min`.
-  Bytes free = kCapacity;
+  Bytes free = lendable;
   std::vector<Bytes> excess(instances.size());
   for (size_t i = 0; i < instances.size(); ++i) {
     free -= instances[i].held;
@@ -387,6 +407,7 @@ std::vector<std::pair<const FakeClient*, Sequence>> CoreModel::MustBeServed() {
 absl::Status CoreModel::Cooperate(const Instruction& instruction) {
   world_.faults().SetPlan(FaultInjectingBackend::Call::kExport, {});
   world_.device().OnCreate(nullptr);
+  world_.device().SetForeignBytes(Bytes(0));
   for (size_t i = 0; i < processes_.size(); ++i) {
     FakeClient* client = processes_[i];
     if (client == nullptr || !client->connected()) continue;
@@ -500,7 +521,8 @@ std::vector<Instruction> RandomProgram(std::mt19937_64& random, int length) {
       {Op::kHangUp, 0.5},    {Op::kDie, 2},         {Op::kDieMaking, 0.5},
       {Op::kPolicy, 3},      {Op::kDelete, 0.4},    {Op::kFailCreates, 1},
       {Op::kFailExports, 1}, {Op::kTick, 8},        {Op::kAdvance, 6},
-      {Op::kBulk, 12},       {Op::kCooperate, 1.5},
+      {Op::kBulk, 12},       {Op::kCooperate, 1.5}, {Op::kForeign, 1.5},
+      {Op::kRoom, 1},
   };
   std::vector<double> weights;
   for (const auto& [op, weight] : kOften) weights.push_back(weight);

@@ -50,6 +50,8 @@ enum class Op {
   kHangUp,     // `who` hangs up
   kDie,        // `who` dies
   kDieMaking,  // `who` dies when the device next makes a handle
+  kForeign,    // others use `a` parts of the device
+  kRoom,       // `who` asks for room for `a` parts of it, by deadline `c`
   kPolicy,     // an operator sets policy `b` of engine `a`
   kDelete,     // an operator deletes engine `a`, by force where `b` is odd
   kFailCreates,  // the device's next `a` creates fail

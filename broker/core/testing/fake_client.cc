@@ -176,6 +176,7 @@ Sequence FakeClient::Ask(Acquire acquire) {
 
 Sequence FakeClient::AskRoom(Bytes declared_peak, absl::Duration deadline) {
   const Sequence sequence(++last_sequence_);
+  room_asked_ = sequence;
   Send(MakeRoom{sequence, declared_peak, deadline}).IgnoreError();
   return sequence;
 }
@@ -318,6 +319,7 @@ void FakeClient::On(Granted granted) {
 
 void FakeClient::On(Refused refused) {
   unanswered_.erase(refused.sequence);
+  if (room_asked_ == refused.sequence) room_asked_.reset();
   if (granted_.contains(refused.sequence)) {
     Complain(absl::StrCat("refused after a grant: ", refused.sequence.value()));
   }

@@ -134,6 +134,8 @@ class FakeClient {
   // Asks for room; the answer is in `rooms_made` or `refused`.
   Sequence AskRoom(Bytes declared_peak, absl::Duration deadline);
   const std::set<Sequence>& rooms_made() const { return rooms_made_; }
+  // Asked and not answered.
+  const std::optional<Sequence>& room_asked() const { return room_asked_; }
   // Frames of descriptors, in order: grant, first handle, handles.
   struct Frame {
     GrantId grant;
@@ -194,7 +196,10 @@ class FakeClient {
   void On(Reclaim reclaim);
   void On(LimitChanged limit);
   void On(Fenced fenced);
-  void On(RoomMade made) { rooms_made_.insert(made.sequence); }
+  void On(RoomMade made) {
+    rooms_made_.insert(made.sequence);
+    room_asked_.reset();
+  }
   void OnDescriptors(GrantId grant, uint32_t first,
                      std::vector<UniqueFd> descriptors);
   void MapWhatIsComplete(GrantId grant);
@@ -224,6 +229,7 @@ class FakeClient {
   uint64_t last_sequence_ = 0;
   Sequence acked_;
   std::set<Sequence> rooms_made_;
+  std::optional<Sequence> room_asked_;
   std::map<Sequence, Acquire> asked_;
   std::map<Sequence, absl::Time> unanswered_;
   std::set<Sequence> cancelled_;
