@@ -328,6 +328,9 @@ void Core::Arbitrate(Actions& actions) {
   } else if (overdrawn_since_ == absl::InfiniteFuture()) {
     overdrawn_since_ = now;
   }
+  // Until a reading shows whose the adopted pages are, nobody gives any for it.
+  const bool known = !options_.headroom || measured_at_ >= adopted_at_;
+  if (HoldsForResume() || !known) overdrawn_since_ = absl::InfiniteFuture();
   if (overdrawn_since_ <= now) {
     // A promise that cannot be kept.
     for (auto& [key, instance] : ledger_.instances()) {
@@ -338,7 +341,7 @@ void Core::Arbitrate(Actions& actions) {
   }
   TrimStock(actions);
   SettleRooms(actions);
-  const bool room_needed = ledger_.lent() > ledger_.lendable();
+  const bool room_needed = known && ledger_.lent() > ledger_.lendable();
   if (claims_.empty() && !above_limit && !room_needed && ordered_.empty()) {
     return;
   }

@@ -248,6 +248,7 @@ class Core {
   // What of the device's used memory may be this broker's, and what surely is.
   struct Books {
     Bytes surely, possibly;
+    Bytes ever_charged, ever_taken;
   };
   Books ReadBooks() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // What processes of sessions surely use besides pages, of two readings.
@@ -392,6 +393,8 @@ class Core {
   absl::Time measured_at_ ABSL_GUARDED_BY(mu_) = absl::InfinitePast();
   absl::Time measure_at_ ABSL_GUARDED_BY(mu_) = absl::InfiniteFuture();
   bool measuring_fails_ ABSL_GUARDED_BY(mu_) = false;
+  // Pages were adopted then, which an older reading shows as others'.
+  absl::Time adopted_at_ ABSL_GUARDED_BY(mu_) = absl::InfinitePast();
   // Since when more is lent than others leave room for.
   absl::Time overdrawn_since_ ABSL_GUARDED_BY(mu_) = absl::InfiniteFuture();
   std::list<Room> rooms_ ABSL_GUARDED_BY(mu_);

@@ -3,8 +3,9 @@
 //
 // What others use is what the device has in use less what is ours. Ours changes
 // while it is read, so it is known within bounds only: pages that are being made
-// or released may be there or not. A reading moves the figure no further than
-// its bounds prove, however busy the broker is.
+// or released may be there or not, nor is it known which of those that were
+// lent or came back meanwhile were there at that moment. A reading moves the
+// figure no further than its bounds prove, however busy the broker is.
 #include <algorithm>
 #include <utility>
 
@@ -18,16 +19,24 @@ namespace {
 constexpr absl::Duration kMeasureEvery = absl::Milliseconds(200);
 // Between the two readings that a growth needs.
 constexpr absl::Duration kMeasureAgain = absl::Milliseconds(50);
+// Whoever asks for a reading: no more often than that.
+constexpr absl::Duration kMeasureAtMost = absl::Milliseconds(20);
+// Figures that are older say nothing, so that a growth needs no second reading.
+constexpr absl::Duration kForgotten = absl::Seconds(1);
 
 }  // namespace
 
 Core::Books Core::ReadBooks() {
   return {.surely = ledger_.lent() - ledger_.making() + ledger_.stock(),
-          .possibly = ledger_.lent() + ledger_.stock() + ledger_.releasing()};
+          .possibly = ledger_.lent() + ledger_.stock() + ledger_.releasing(),
+          .ever_charged = ledger_.ever_charged(),
+          .ever_taken = ledger_.ever_taken()};
 }
 
 void Core::MeasureSoon(absl::Duration delay) {
-  if (options_.headroom) measure_at_ = std::min(measure_at_, Now() + delay);
+  if (!options_.headroom) return;
+  measure_at_ = std::min(
+      measure_at_, std::max(Now() + delay, measured_at_ + kMeasureAtMost));
 }
 
 Bytes Core::SumOfDeclared() {
@@ -63,16 +72,18 @@ Bytes Core::Needed(Bytes used, const ByProcess& by_process) {
 Core::ByProcess Core::OfOurs(const ByProcess& first, const ByProcess& last) {
   ByProcess lent;
   for (const auto& [id, session] : sessions_) {
-    lent[session.peer.pid] += ledger_.FindSession(id)->held;
+    // Pages that nobody else has a handle of are charged to it as well.
+    lent[session.peer.pid] += ledger_.FindSession(id)->adopted;
   }
+  lent.erase(0);
+  auto in = [](const ByProcess& reading, uint32_t pid) {
+    auto it = reading.find(pid);
+    return it == reading.end() ? Bytes(0) : it->second;
+  };
   ByProcess ours;
-  for (const auto& [pid, held] : lent) {
-    auto a = first.find(pid), b = last.find(pid);
-    if (pid == 0 || a == first.end() || b == last.end()) continue;
-    // With charge=engine its pages are charged to it as well.
-    const Bytes pages =
-        options_.charge == CoreOptions::Charge::kEngine ? held : Bytes(0);
-    ours[pid] = std::max(Bytes(0), std::min(a->second, b->second) - pages);
+  for (const auto& [pid, pages] : lent) {
+    ours[pid] =
+        std::max(Bytes(0), std::min(in(first, pid), in(last, pid)) - pages);
   }
   return ours;
 }
@@ -106,14 +117,19 @@ void Core::Measure() {
         actions.log.push_back(absl::StrCat("measure-failed error=\"",
                                            used.status().message(), "\""));
       }
+    } else if (HoldsForResume()) {
+      // What engines of before hold and have not listed would pass for others'.
     } else {
       measuring_fails_ = false;
+      const bool forgotten = now - measured_at_ > kForgotten;
       measured_at_ = now;
       const Books after = ReadBooks();
-      const Bytes low = std::max(
-          Bytes(0), *used - std::max(before.possibly, after.possibly));
-      const Bytes high =
-          std::max(Bytes(0), *used - std::min(before.surely, after.surely));
+      const Bytes possibly =
+          before.possibly + (after.ever_charged - before.ever_charged);
+      const Bytes surely =
+          before.surely - (after.ever_taken - before.ever_taken);
+      const Bytes low = std::max(Bytes(0), *used - possibly);
+      const Bytes high = std::max(Bytes(0), *used - surely);
       const ByProcess by_process =
           first.ok() && last.ok() ? OfOurs(*first, *last) : ByProcess();
       const Bytes needed = Needed(foreign_, foreign_by_process_);
@@ -127,6 +143,8 @@ void Core::Measure() {
       if (needed_low <= needed) {
         suspected_.reset();
         if (Needed(high, by_process) <= needed) take(high);
+      } else if (forgotten) {
+        take(low);
       } else if (!suspected_) {
         // An allocation that is gone a moment later moves nobody's pages.
         suspected_ = {now, needed_low};
@@ -170,11 +188,16 @@ absl::Status Core::On(SessionState& session, const MakeRoom& message,
         "make_room: sequence: the first one is 1; got 0");
   }
   // One at a time is enough for anybody.
-  if (std::any_of(rooms_.begin(), rooms_.end(), [&](const Room& room) {
-        return room.session == session.id;
-      })) {
-    return absl::FailedPreconditionError(
-        "make_room: the last one has not been answered");
+  auto last = std::find_if(
+      rooms_.begin(), rooms_.end(),
+      [&](const Room& room) { return room.session == session.id; });
+  if (last != rooms_.end()) {
+    Refused refused;
+    refused.sequence = last->sequence;
+    refused.code = absl::StatusCode::kCancelled;
+    refused.reason = "another question for room has taken its place";
+    actions.tell.emplace_back(session.listener, std::move(refused));
+    rooms_.erase(last);
   }
   session.declared_peak = message.declared_peak;
   rooms_.push_back({session.id, message.sequence, Now(),
@@ -197,10 +220,11 @@ void Core::SettleRooms(Actions& actions) {
       room = rooms_.erase(room);
       continue;
     }
-    // By a reading that is newer than the question, and with the driver done.
-    const bool measured = !options_.headroom || measured_at_ >= room->since;
-    if (measured && ledger_.overdrawn() == Bytes(0) &&
-        ledger_.releasing() == Bytes(0)) {
+    // By a reading that is newer than the question, with nothing that a second
+    // one may yet show. What the driver has to give back still counts as ours.
+    const bool measured = !options_.headroom ||
+                          (measured_at_ >= room->since && !suspected_);
+    if (measured && ledger_.overdrawn() == Bytes(0)) {
       actions.tell.emplace_back(session->second.listener,
                                 RoomMade{room->sequence});
       room = rooms_.erase(room);
@@ -213,10 +237,14 @@ void Core::SettleRooms(Actions& actions) {
     Refused refused;
     refused.sequence = room->sequence;
     refused.code = absl::StatusCode::kUnavailable;
-    refused.reason = absl::StrCat(
-        "no room within the deadline: ", FormatBytes(ledger_.overdrawn()),
-        " more are lent than ", FormatBytes(session->second.declared_peak),
-        " leave", OthersInWords());
+    refused.reason =
+        measured ? absl::StrCat("no room within the deadline: ",
+                                FormatBytes(ledger_.overdrawn()),
+                                " more are lent than ",
+                                FormatBytes(session->second.declared_peak),
+                                " leave", OthersInWords())
+                 : "no room within the deadline: what the device has in use "
+                   "could not be read";
     refused.holders = Holders();
     actions.log.push_back(absl::StrCat("refuse-room session=",
                                        room->session.value(), " reason=\"",

@@ -199,13 +199,38 @@ TEST_F(OthersTest, RoomThatNobodyGivesIsRefusedWithTheFiguresAndHolders) {
   EXPECT_EQ(b.mapped(), 6);
 }
 
-TEST_F(OthersTest, OneQuestionForRoomAtATime) {
+TEST_F(OthersTest, ANewQuestionForRoomTakesThePlaceOfTheLast) {
   FakeClient& a = world_.Start({.name = "a"});
-  StartWith(10, {.name = "b"});
-  a.AskRoom(MiB(4), kLong);
-  const absl::Status second =
-      a.Send(MakeRoom{Sequence(99), MiB(1), absl::Seconds(1)});
-  EXPECT_TRUE(absl::IsFailedPrecondition(second)) << second;
+  FakeClient& b = StartWith(10, {.name = "b"});
+  b.manners().answers_reclaims = false;
+  const Sequence first = a.AskRoom(MiB(4), kLong);
+  const Sequence second = a.AskRoom(Bytes(0), kLong);
+  world_.Advance(absl::Milliseconds(100));
+  ASSERT_NE(a.refused(first), nullptr);
+  EXPECT_EQ(a.refused(first)->code, absl::StatusCode::kCancelled);
+  EXPECT_TRUE(a.rooms_made().contains(second));
+}
+
+// Who loops with deadlines of 0 does not keep the device busy.
+TEST_F(OthersTest, ReadingsAreNoMoreOftenThanEvery20Ms) {
+  FakeClient& a = world_.Start({.name = "a"});
+  world_.Advance(absl::Seconds(1));
+  const int64_t before = world_.faults().calls(FaultInjectingBackend::Call::kUsedBytes);
+  for (int i = 0; i < 100; ++i) {
+    a.AskRoom(MiB(i % 2), absl::ZeroDuration());
+    world_.Advance(absl::Milliseconds(1));
+  }
+  EXPECT_LE(world_.faults().calls(FaultInjectingBackend::Call::kUsedBytes) - before, 6);
+}
+
+// Its second connection says what it needs; the first does not count beside it.
+TEST_F(OthersTest, AMendedConnectionDeclaresOnce) {
+  FakeClient& a = StartWith(2, {.name = "a", .pid = 71, .declared_peak = MiB(3)});
+  Open again = FakeWorld::OpenOf({.name = "a", .declared_peak = MiB(3)});
+  again.resuming = Resuming{a.opened().incarnation, a.id()};
+  ASSERT_TRUE(world_.TryStart(a.peer(), again).ok());
+  EXPECT_EQ(Broker().declared, MiB(3));
+  EXPECT_EQ(Broker().others, MiB(3));
 }
 
 TEST_F(OthersTest, CreditIsNoMoreThanWhatMayBeLent) {
@@ -261,7 +286,11 @@ TEST_F(OthersTest, WhatIsDeclaredComesOnTopOfWhatOtherProcessesUse) {
   world_.Start({.name = "b", .pid = 72});
   auto use = [&](Bytes by_a, Bytes by_b, Bytes by_a_stranger) {
     world_.device().SetProcessBytes(
-        std::map<uint32_t, Bytes>{{71, by_a}, {72, by_b}, {99, by_a_stranger}});
+        std::map<uint32_t, Bytes>{{72, by_b}, {99, by_a_stranger}});
+    if (by_a > Bytes(0)) {
+      world_.device().SetProcessBytes(std::map<uint32_t, Bytes>{
+          {71, by_a}, {72, by_b}, {99, by_a_stranger}});
+    }
     SetForeign(by_a + by_b + by_a_stranger);
   };
   use(Bytes(0), MiB(1), MiB(2));

@@ -212,6 +212,8 @@ absl::Status Core::On(SessionState& session, const Resume& resume,
           "resume: more is listed than the device has");
     } else {
       ledger_.Adopt(*pool, name);
+      adopted_at_ = Now();
+      MeasureSoon(absl::ZeroDuration());
       session.resumption->adopted += page_bytes;
     }
     if (auto* event = Record(HistoryEvent::Kind::kResume, *pool, actions)) {

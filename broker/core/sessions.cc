@@ -286,7 +286,10 @@ absl::StatusOr<SessionId> Core::OpenSession(
     if (resumption) {
       for (SessionId source : resumption->sources) {
         auto it = sessions_.find(source);
-        if (it == sessions_.end() || !it->second.connected) continue;
+        if (it == sessions_.end()) continue;
+        // This one says what the process needs now.
+        it->second.declared_peak = Bytes(0);
+        if (!it->second.connected) continue;
         actions.close.emplace_back(it->second.listener,
                                    absl::CancelledError(absl::StrCat(
                                        "resumed as session ", id.value())));
@@ -370,8 +373,6 @@ absl::StatusOr<SessionId> Core::OpenSession(
   {
     MutexLock lock(&mu_);
     // Another session may have gone on for it already.
-    // What it has declared may have to come from others.
-    if (ledger_.overdrawn() > Bytes(0)) Arbitrate(actions);
     if (auto it = sessions_.find(id); it != sessions_.end()) {
       it->second.opened = true;
       const LedgerInstance& instance =
@@ -383,6 +384,8 @@ absl::StatusOr<SessionId> Core::OpenSession(
             LimitChanged{instance.limit_revision, instance.min, instance.max});
       }
     }
+    // What it has declared may have to come from others.
+    if (ledger_.overdrawn() > Bytes(0)) Arbitrate(actions);
   }
   Run(std::move(actions));
   return id;

@@ -128,6 +128,11 @@ void Ledger::Count(LedgerPool& pool, Bytes delta) {
   lent_ += delta;
 }
 
+void Ledger::CountAdopted(LedgerPool& pool, Bytes delta) {
+  sessions_.at(pool.session).adopted += delta;
+  adopted_ += delta;
+}
+
 std::vector<PageName> Ledger::Charge(LedgerPool& pool, GrantId grant,
                                      const std::vector<PageIndex>& indexes) {
   std::vector<PageName> names;
@@ -145,6 +150,7 @@ std::vector<PageName> Ledger::Charge(LedgerPool& pool, GrantId grant,
       pool.geometry.page_bytes() * static_cast<int64_t>(names.size());
   Count(pool, bytes);
   making_ += bytes;
+  ever_charged_ += bytes;
   KVB_CHECK(overdrawn() == Bytes(0));
   return names;
 }
@@ -159,13 +165,18 @@ void Ledger::Adopt(LedgerPool& pool, PageName name) {
   it->second.adopted = true;
   pool.last_generation = std::max(pool.last_generation, name.generation);
   Count(pool, pool.geometry.page_bytes());
-  adopted_ += pool.geometry.page_bytes();
+  CountAdopted(pool, pool.geometry.page_bytes());
+  ever_charged_ += pool.geometry.page_bytes();
 }
 
 void Ledger::Move(LedgerPool& from, LedgerPool& to, PageName name) {
   LedgerPage* page = FindPage(from, name);
   KVB_CHECK(page != nullptr && page->state != PageState::kMaking);
   KVB_CHECK(from.geometry.page_bytes() == to.geometry.page_bytes());
+  if (page->adopted) {
+    CountAdopted(from, Bytes(0) - from.geometry.page_bytes());
+    CountAdopted(to, to.geometry.page_bytes());
+  }
   auto [it, absent] = to.pages.try_emplace(name.index, std::move(*page));
   KVB_CHECK(absent && name.index.value() < to.geometry.max_pages);
   it->second.state = PageState::kMapped;
@@ -200,7 +211,7 @@ std::vector<HandleRef> Ledger::LetGo(LedgerPool& pool, PageName name) {
   KVB_CHECK(page != nullptr && page->state == PageState::kMapped);
   if (!page->adopted) {
     page->adopted = true;
-    adopted_ += pool.geometry.page_bytes();
+    CountAdopted(pool, pool.geometry.page_bytes());
   }
   return std::exchange(page->handles, {});
 }
@@ -220,10 +231,11 @@ std::vector<HandleRef> Ledger::Remove(LedgerPool& pool, PageName name) {
   const Bytes bytes = pool.geometry.page_bytes();
   if (page->state == PageState::kMaking) making_ -= bytes;
   if (page->adopted) {
-    adopted_ -= bytes;
+    CountAdopted(pool, Bytes(0) - bytes);
   } else {
     releasing_ += bytes;
   }
+  ever_taken_ += bytes;
   pool.pages.erase(name.index);
   Count(pool, Bytes(0) - bytes);
   return handles;
@@ -264,6 +276,7 @@ std::vector<HandleRef> Ledger::TakeStock(const std::string& tenant,
     taken.push_back(std::move(stock.back().handle));
     stock.pop_back();
     stock_ -= handle_bytes;
+    ever_taken_ += handle_bytes;
     --stocked_handles_;
   }
   if (stock.empty()) stocked_.erase(it);
@@ -297,6 +310,7 @@ void Ledger::CountTrimmed(const std::vector<HandleRef>& trimmed) {
   const Bytes bytes = SizeOf(trimmed);
   releasing_ += bytes;
   stock_ -= bytes;
+  ever_taken_ += bytes;
   stocked_handles_ -= trimmed.size();
   std::erase_if(stocked_,
                 [](const auto& entry) { return entry.second.empty(); });
@@ -369,10 +383,18 @@ absl::Status Ledger::CheckInvariants() const {
     lent += pool.geometry.page_bytes() * pool.held();
   }
   for (const auto& [id, session] : sessions_) {
-    Bytes held;
+    Bytes held, of_adopted;
     for (PoolId pool_id : session.pools) {
       const LedgerPool& pool = pools_.at(pool_id);
       held += pool.geometry.page_bytes() * pool.held();
+      for (const auto& [index, page] : pool.pages) {
+        if (page.adopted) of_adopted += pool.geometry.page_bytes();
+      }
+    }
+    if (of_adopted != session.adopted) {
+      return broken("session ", id.value(), " counts ",
+                    session.adopted.count(), " bytes as adopted, they are ",
+                    of_adopted.count());
     }
     if (held != session.held) {
       return broken("session ", id.value(), " counts ", session.held.count(),

@@ -79,7 +79,8 @@ struct LedgerSession {
   std::pair<std::string, std::string> instance;  // key: tenant, name
   uint32_t pid = 0;
   std::vector<PoolId> pools;
-  Bytes held;  // pages of its pools
+  Bytes held;     // pages of its pools
+  Bytes adopted;  // of them, those whose handles are not kept here
 };
 
 struct LedgerInstance {
@@ -199,6 +200,9 @@ class Ledger {
   Bytes lent() const { return lent_; }
   // Of `lent`, pages that are being made.
   Bytes making() const { return making_; }
+  // Sums since the beginning: charged and adopted; taken out of pages and stock.
+  Bytes ever_charged() const { return ever_charged_; }
+  Bytes ever_taken() const { return ever_taken_; }
   Bytes stock() const { return stock_; }
   size_t stocked_handles() const { return stocked_handles_; }
   // Of what tenants and sizes there is some.
@@ -238,6 +242,7 @@ class Ledger {
   // What was taken out of the stock counts as releasing.
   void CountTrimmed(const std::vector<HandleRef>& trimmed);
   void Count(LedgerPool& pool, Bytes delta);
+  void CountAdopted(LedgerPool& pool, Bytes delta);
   Bytes spoken_for() const {
     return lent_ + stock_ + releasing_ + credit_ + others_;
   }
@@ -245,6 +250,7 @@ class Ledger {
   const Bytes capacity_;
   Bytes lent_, stock_, releasing_, credit_, others_;
   Bytes adopted_, making_;  // of lent_
+  Bytes ever_charged_, ever_taken_;
   Instances instances_;
   absl::node_hash_map<SessionId, LedgerSession> sessions_;
   absl::node_hash_map<PoolId, LedgerPool> pools_;

@@ -93,14 +93,10 @@ absl::StatusOr<UnixListener> UnixListener::Bind(const std::string& path,
                      " bytes, this has ", path.size(), ": ", path));
   }
   // Made under another name and then given its own, so that there is one at the
-  // path all the time where the last broker has left one.
-  const size_t name = path.rfind('/') + 1;
-  const std::string made = absl::StrCat(path.substr(0, name), ".", getpid());
-  if (made.size() >= sizeof(address.sun_path)) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("a socket's path has 1 to ", sizeof(address.sun_path) - 1,
-                     " bytes, this has ", made.size(), ": ", made));
-  }
+  // path all the time where the last broker has left one. The name is this
+  // path's alone, as the path is the caller's, and no longer.
+  std::string made = path;
+  made.back() = made.back() == '~' ? '-' : '~';
   made.copy(address.sun_path, made.size());
 
   struct stat info;

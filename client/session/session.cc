@@ -290,6 +290,11 @@ absl::Time Session::RunOnce() {
 }
 
 absl::Status Session::MakeRoom(Bytes declared_peak, absl::Duration timeout) {
+  if (declared_peak < Bytes(0) || declared_peak > kMaxBytes) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("what is declared must be from 0 to ", kMaxBytes.count(),
+                     " bytes; got ", declared_peak.count()));
+  }
   kvbroker::MakeRoom asked = {.sequence = NextSequence(),
                               .declared_peak = declared_peak,
                               .deadline = timeout};
@@ -302,7 +307,10 @@ absl::Status Session::MakeRoom(Bytes declared_peak, absl::Duration timeout) {
           "another thread waits for room already");
     }
     declared_peak_ = declared_peak;
-    if (!opened_ || !health_.ok()) return health_;
+    if (!health_.ok()) return health_;
+    if (!opened_) {
+      return absl::UnavailableError("the session is not open yet");
+    }
     if ((opened_->feature_bits & kFeatureMakeRoom) == 0) {
       return absl::UnimplementedError(
           "the broker is too old to make room: upgrade it");
@@ -311,14 +319,13 @@ absl::Status Session::MakeRoom(Bytes declared_peak, absl::Duration timeout) {
   }
   Send(std::move(asked));
   MutexLock lock(&mu_);
-  while (!room_->answer && health_.ok()) {
+  while (!room_->answer && !closing_) {
     if (changed_.WaitWithDeadline(&mu_, give_up)) break;
   }
   absl::Status answer =
-      room_->answer ? *room_->answer
-      : health_.ok()
-          ? absl::UnavailableError("the broker did not say that there is room")
-          : health_;
+      room_->answer.value_or(absl::UnavailableError(
+          closing_ ? "the session is being closed"
+                   : "the broker did not say that there is room"));
   room_.reset();
   return answer;
 }
@@ -619,6 +626,7 @@ void Session::Process(const Disconnected& disconnected) {
   for (auto& pool : pools_) pool->OnDisconnected(why);
   MutexLock lock(&mu_);
   health_ = why;
+  if (room_ && !room_->answer) room_->answer = why;
   unanswered_.clear();
   changed_.SignalAll();
 }

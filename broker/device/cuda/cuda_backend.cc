@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <sys/stat.h>
 
 #include <cstdio>
 #include <utility>
@@ -13,6 +14,18 @@
 
 namespace kvbroker {
 namespace {
+
+// The inode that the kernel gives to the first PID namespace of a machine.
+constexpr ino_t kTopPidNamespace = 0xEFFFFFFC;
+
+bool IsTopPidNamespace() {
+  struct stat info;
+  return stat("/proc/self/ns/pid", &info) == 0 &&
+         info.st_ino == kTopPidNamespace;
+}
+
+// Enough for a frame's worth of others, and no long wait.
+constexpr size_t kDroppedAtOnce = 64;
 
 cuda::CUmemAllocationProp PropOf(const CudaDevice& device, bool rdma) {
   cuda::CUmemAllocationProp prop = AllocationProp(device);
@@ -143,9 +156,10 @@ bool CudaBackend::DropKept() {
   {
     MutexLock lock(&mu_);
     for (auto& [token, allocation] : live_) {
+      if (dropped.size() == kDroppedAtOnce) break;
       if (allocation.kept) dropped.push_back(std::move(allocation.kept));
     }
-    kept_ = 0;
+    kept_ -= dropped.size();
   }
   return !dropped.empty();
 }
@@ -163,6 +177,15 @@ absl::StatusOr<NvmlMemory> CudaBackend::ReadMemory() {
 absl::StatusOr<Bytes> CudaBackend::UsedBytes() {
   ASSIGN_OR_RETURN(NvmlMemory memory, ReadMemory());
   return memory.used;
+}
+
+absl::StatusOr<std::map<uint32_t, Bytes>> CudaBackend::UsedByProcess() {
+  static const bool at_the_top = IsTopPidNamespace();
+  if (!at_the_top) {
+    return absl::UnimplementedError(
+        "NVML's pids are not those of this PID namespace");
+  }
+  return nvml_.ReadProcesses();
 }
 
 void CudaBackend::Release(uint64_t token) {

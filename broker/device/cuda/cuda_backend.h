@@ -69,9 +69,9 @@ class CudaBackend : public Backend {
   absl::StatusOr<UniqueFd> Export(const Handle& handle) override;
   // What NVML says, whoever has it.
   absl::StatusOr<Bytes> UsedBytes() override;
-  absl::StatusOr<std::map<uint32_t, Bytes>> UsedByProcess() override {
-    return nvml_.ReadProcesses();
-  }
+  // UNIMPLEMENTED in a PID namespace of its own, too: NVML has the machine's
+  // pids.
+  absl::StatusOr<std::map<uint32_t, Bytes>> UsedByProcess() override;
 
   const CudaDevice& device() const { return device_; }
   const CudaDriver& driver() const { return *driver_; }
@@ -90,7 +90,7 @@ class CudaBackend : public Backend {
   absl::StatusOr<UniqueFd> TryExport(uint64_t token);
   // Keeps a copy where there is room and the handle lives.
   void Keep(uint64_t token, const UniqueFd& fd);
-  // Closes what is kept; false where nothing was.
+  // Closes some of what is kept; false where nothing was.
   bool DropKept();
 
   void Release(uint64_t token) override;
