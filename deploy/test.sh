@@ -7,7 +7,8 @@ usage() {
 usage: deploy/test.sh [--quick]
 Installs what is missing (as root), then runs one after the other
   plain    bazel test //...
-  asan     the same under AddressSanitizer and UBSan
+  asan     the same under AddressSanitizer and UBSan, but for those tagged
+           no_asan, whose reasons stand beside them
   tsan     the tests that link neither gRPC nor spdlog under ThreadSanitizer,
            and a check that exactly the others have the tag no_tsan
   clang    a build of everything with -Wthread-safety as an error

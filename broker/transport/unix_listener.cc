@@ -71,7 +71,7 @@ absl::Status PrepareSocketDirectory(const std::string& directory,
       return ErrnoToStatus(errno, absl::StrCat("giving ", directory,
                                                " to group ", *access.group));
     }
-    if (fchmod(fd.get(), access.anybody ? 0751 : 0750) != 0) {
+    if (fchmod(fd.get(), access.anybody ? 0755 : 0750) != 0) {
       return ErrnoToStatus(errno, "chmod of " + directory);
     }
   }

@@ -32,10 +32,11 @@ struct SocketAccess {
   bool anybody = false;
 };
 
-// Makes the directory, 0750 (0751 for anybody), where there is none. One that
-// exists is left as it is: it may be /tmp. FAILED_PRECONDITION: it is no
-// directory; or others may replace files in it, who could put sockets of their
-// own in our place; or its mode keeps out those whom `access` lets in.
+// Makes the directory, 0750 (0755 for anybody, who looks for brokers there), where
+// there is none. One that exists is left as it is: it may be /tmp.
+// FAILED_PRECONDITION: it is no directory; or others may replace files in it, who
+// could put sockets of their own in our place; or its mode keeps out those whom
+// `access` lets in.
 absl::Status PrepareSocketDirectory(const std::string& directory,
                                     const SocketAccess& access);
 

@@ -104,7 +104,7 @@ TEST_F(UnixListenerTest, ADirectoryIsMadeClosedToOthers) {
   EXPECT_TRUE(PrepareSocketDirectory(Path("a"), {}).ok());
   EXPECT_EQ(Mode(Path("a")), 0750);
   EXPECT_TRUE(PrepareSocketDirectory(Path("b"), {.anybody = true}).ok());
-  EXPECT_EQ(Mode(Path("b")), 0751);
+  EXPECT_EQ(Mode(Path("b")), 0755);
   EXPECT_TRUE(PrepareSocketDirectory(Path("c"), {.group = getgid()}).ok());
   EXPECT_EQ(Mode(Path("c")), 0750);
   EXPECT_TRUE(absl::IsNotFound(PrepareSocketDirectory(Path("no/d"), {})));

@@ -149,8 +149,14 @@ TEST_F(SessionTest, OpensUnderItsNameAndLimits) {
 TEST_F(SessionTest, ABrokerThatLendsAnotherKindOfMemoryIsOfNoUse) {
   SessionOptions options = OnePool("a");
   options.backend = "cuda";
-  Engine& a = Start(std::move(options));
-  const absl::Status health = a.session->health();
+  auto session = *Session::Create(
+      std::move(options),
+      [](const PoolGeometry&) { return std::make_unique<NullMapper>(); },
+      clock_);
+  LossyLink& wire = LossyLink::Join(*core_, Peer{"uid:0", 0, 1}, *session);
+  wire.Deliver();
+  session->RunOnce();  // gives up the link
+  const absl::Status health = session->health();
   EXPECT_TRUE(absl::IsFailedPrecondition(health)) << health;
   EXPECT_THAT(health.message(), HasSubstr("lends fake memory"));
   EXPECT_THAT(health.message(), HasSubstr("maps cuda memory"));
