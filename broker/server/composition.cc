@@ -16,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "broker/base/clock.h"
@@ -213,9 +214,10 @@ absl::StatusOr<std::unique_ptr<RunningBroker>> RunningBroker::Start(
       .backend = self->backend_.backend.get(),
       .clock = &Clock::Steady(),
       .capacity = capacity,
-      // The host's total is the broker's own; a GPU is used by others, too.
-      .headroom = device.name == "host" ? std::nullopt
-                                        : std::optional<Bytes>(config.headroom),
+      // A GPU is used by others, too; the other totals are the broker's own.
+      .headroom = absl::StartsWith(device.name, "cuda")
+                      ? std::optional<Bytes>(config.headroom)
+                      : std::nullopt,
       .charge = config.charge == "engine" ? CoreOptions::Charge::kEngine
                                           : CoreOptions::Charge::kBroker,
       .policy = config.policy,
