@@ -5,34 +5,16 @@
 #include "absl/strings/str_cat.h"
 #include "broker/base/check.h"
 #include "broker/base/status_macros.h"
+#include "broker/device/cuda/current_context.h"
 
 namespace kvbroker::client {
-
-// Makes the mapper's context current in this thread while it lives.
-class CudaMapper::CurrentContext {
- public:
-  CurrentContext(const CudaFunctions& cuda, cuda::CUcontext context)
-      : cuda_(cuda),
-        status_(
-            CudaStatus(cuda.cuCtxPushCurrent(context), "cuCtxPushCurrent")) {}
-  ~CurrentContext() {
-    cuda::CUcontext popped;
-    if (status_.ok()) cuda_.cuCtxPopCurrent(&popped);
-  }
-  const absl::Status& status() const { return status_; }
-
- private:
-  const CudaFunctions& cuda_;
-  const absl::Status status_;
-};
 
 absl::StatusOr<std::unique_ptr<CudaMapper>> CudaMapper::Create(
     const PoolGeometry& geometry, const CudaDriver& driver,
     std::string_view gpu) {
   RETURN_IF_ERROR(driver.Require(CudaFunctionGroup::kVmm));
   RETURN_IF_ERROR(driver.Require(CudaFunctionGroup::kContext));
-  ASSIGN_OR_RETURN(std::vector<CudaDevice> devices, ProbeDevices(driver));
-  ASSIGN_OR_RETURN(CudaDevice device, ChooseDevice(devices, gpu));
+  ASSIGN_OR_RETURN(CudaDevice device, FindDevice(driver, gpu));
   RETURN_IF_ERROR(device.usable);
   if (geometry.handle_bytes <= Bytes(0) ||
       geometry.handle_bytes.count() % device.granularity.count() != 0) {
@@ -59,7 +41,7 @@ absl::Status CudaMapper::Start() {
   RETURN_IF_ERROR(
       CudaStatus(cuda_.cuDevicePrimaryCtxRetain(&context_, device_.device),
                  "cuDevicePrimaryCtxRetain"));
-  CurrentContext current(cuda_, context_);
+  CurrentCudaContext current(cuda_, context_);
   RETURN_IF_ERROR(current.status());
   absl::Status reserved =
       CudaStatus(cuda_.cuMemAddressReserve(&base_, range_bytes(), 0, 0, 0),
@@ -76,7 +58,7 @@ absl::Status CudaMapper::Start() {
 CudaMapper::~CudaMapper() {
   if (context_ == nullptr) return;
   {
-    CurrentContext current(cuda_, context_);
+    CurrentCudaContext current(cuda_, context_);
     for (uint32_t page = 0; page < geometry_.max_pages; ++page) {
       RollBack(PageIndex(page), geometry_.handles_per_page);
     }
@@ -113,7 +95,7 @@ absl::Status CudaMapper::Map(PageIndex page,
         absl::StrCat("map: a page has ", geometry_.handles_per_page,
                      " handles; got ", descriptors.size()));
   }
-  CurrentContext current(cuda_, context_);
+  CurrentCudaContext current(cuda_, context_);
   RETURN_IF_ERROR(current.status());
   for (size_t i = 0; i < descriptors.size(); ++i) {
     absl::Status mapped = MapHandle(page, i, descriptors[i].get());
@@ -205,7 +187,7 @@ absl::Status CudaMapper::WaitForStreams() {
 }
 
 absl::Status CudaMapper::Unmap(PageIndex page) {
-  CurrentContext current(cuda_, context_);
+  CurrentCudaContext current(cuda_, context_);
   RETURN_IF_ERROR(current.status());
   RETURN_IF_ERROR(WaitForStreams());
   for (size_t i = 0; i < geometry_.handles_per_page; ++i) {

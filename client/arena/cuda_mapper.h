@@ -39,7 +39,7 @@ namespace kvbroker::client {
 
 class CudaMapper : public Mapper {
  public:
-  // `gpu` as in ChooseDevice(); the broker's device uuid finds its GPU whatever
+  // `gpu` as in FindDevice(); the broker's device uuid finds its GPU whatever
   // CUDA_VISIBLE_DEVICES leaves of them. The driver outlives the mapper.
   // INVALID_ARGUMENT: handles are no multiple of the device's granularity.
   static absl::StatusOr<std::unique_ptr<CudaMapper>> Create(
@@ -64,7 +64,6 @@ class CudaMapper : public Mapper {
     bool imported = false;
     bool mapped = false;
   };
-  class CurrentContext;
 
   CudaMapper(const PoolGeometry& geometry, const CudaDriver& driver,
              CudaDevice device);

@@ -1,11 +1,11 @@
 #include "client/replay/activations.h"
 
 #include <utility>
-#include <vector>
 
 #include "absl/time/clock.h"
 #include "broker/base/status_macros.h"
 #include "broker/device/cuda/cuda_status.h"
+#include "broker/device/cuda/current_context.h"
 
 namespace kvbroker::replay {
 
@@ -13,8 +13,7 @@ absl::StatusOr<std::unique_ptr<Activations>> Activations::Start(
     const CudaDriver& driver, std::string_view gpu, Bytes bytes,
     absl::Duration period) {
   RETURN_IF_ERROR(driver.Require(CudaFunctionGroup::kContext));
-  ASSIGN_OR_RETURN(std::vector<CudaDevice> devices, ProbeDevices(driver));
-  ASSIGN_OR_RETURN(CudaDevice device, ChooseDevice(devices, gpu));
+  ASSIGN_OR_RETURN(CudaDevice device, FindDevice(driver, gpu));
   std::unique_ptr<Activations> activations(
       new Activations(driver, std::move(device), bytes, period));
   RETURN_IF_ERROR(
@@ -39,7 +38,8 @@ Activations::~Activations() {
 }
 
 void Activations::Loop() {
-  if (cuda_.cuCtxPushCurrent(context_) != cuda::CUDA_SUCCESS) {
+  CurrentCudaContext current(cuda_, context_);
+  if (!current.status().ok()) {
     ++failed_;
     return;
   }
@@ -53,8 +53,6 @@ void Activations::Loop() {
     if (got) cuda_.cuMemFree(address);
     absl::SleepFor(period_);
   }
-  cuda::CUcontext popped;
-  cuda_.cuCtxPopCurrent(&popped);
 }
 
 }  // namespace kvbroker::replay

@@ -21,7 +21,7 @@ class Activations {
  public:
   // Takes `bytes` of the GPU for as long as `period`, then gives them back for as
   // long, on a thread of its own, until it is destroyed. `gpu` as in
-  // ChooseDevice(); the driver outlives it.
+  // FindDevice(); the driver outlives it.
   static absl::StatusOr<std::unique_ptr<Activations>> Start(
       const CudaDriver& driver, std::string_view gpu, Bytes bytes,
       absl::Duration period);

@@ -2,10 +2,10 @@
 
 #include <cstring>
 #include <utility>
-#include <vector>
 
 #include "broker/base/status_macros.h"
 #include "broker/device/cuda/cuda_status.h"
+#include "broker/device/cuda/current_context.h"
 
 namespace kvbroker::replay {
 namespace {
@@ -16,29 +16,10 @@ cuda::CUdeviceptr OnDevice(const std::byte* address) {
 
 }  // namespace
 
-// Makes the context current in this thread while it lives.
-class CudaBlockMemory::CurrentContext {
- public:
-  explicit CurrentContext(CudaBlockMemory& memory) : cuda_(memory.cuda_) {
-    const cuda::CUresult result = cuda_.cuCtxPushCurrent(memory.context_);
-    pushed_ = result == cuda::CUDA_SUCCESS;
-    memory.Note(result, "cuCtxPushCurrent");
-  }
-  ~CurrentContext() {
-    cuda::CUcontext popped;
-    if (pushed_) cuda_.cuCtxPopCurrent(&popped);
-  }
-
- private:
-  const CudaFunctions& cuda_;
-  bool pushed_;
-};
-
 absl::StatusOr<std::unique_ptr<CudaBlockMemory>> CudaBlockMemory::Create(
     const CudaDriver& driver, std::string_view gpu, size_t block_bytes) {
   RETURN_IF_ERROR(driver.Require(CudaFunctionGroup::kContext));
-  ASSIGN_OR_RETURN(std::vector<CudaDevice> devices, ProbeDevices(driver));
-  ASSIGN_OR_RETURN(CudaDevice device, ChooseDevice(devices, gpu));
+  ASSIGN_OR_RETURN(CudaDevice device, FindDevice(driver, gpu));
   std::unique_ptr<CudaBlockMemory> memory(
       new CudaBlockMemory(driver, std::move(device), block_bytes));
   RETURN_IF_ERROR(memory->Start());
@@ -49,8 +30,8 @@ absl::Status CudaBlockMemory::Start() {
   RETURN_IF_ERROR(
       CudaStatus(cuda_.cuDevicePrimaryCtxRetain(&context_, device_.device),
                  "cuDevicePrimaryCtxRetain"));
-  CurrentContext current(*this);
-  RETURN_IF_ERROR(status_);
+  CurrentCudaContext current(cuda_, context_);
+  RETURN_IF_ERROR(current.status());
   RETURN_IF_ERROR(
       CudaStatus(cuda_.cuStreamCreate(&stream_, cuda::kStreamNonBlocking),
                  "cuStreamCreate"));
@@ -72,7 +53,7 @@ absl::Status CudaBlockMemory::Start() {
 CudaBlockMemory::~CudaBlockMemory() {
   if (context_ == nullptr) return;
   {
-    CurrentContext current(*this);
+    CurrentCudaContext current(cuda_, context_);
     if (stream_ != nullptr) {
       cuda_.cuStreamSynchronize(stream_);
       cuda_.cuStreamDestroy(stream_);
@@ -91,7 +72,8 @@ void CudaBlockMemory::Note(cuda::CUresult result, std::string_view call) {
 }
 
 std::span<std::byte> CudaBlockMemory::BeginWrite() {
-  CurrentContext current(*this);
+  CurrentCudaContext current(cuda_, context_);
+  status_.Update(current.status());
   Stage& stage = stages_[next_];
   // Before its first copy the event counts as done.
   Note(cuda_.cuEventSynchronize(stage.copied), "cuEventSynchronize");
@@ -99,7 +81,8 @@ std::span<std::byte> CudaBlockMemory::BeginWrite() {
 }
 
 void CudaBlockMemory::EndWrite(const std::byte* address) {
-  CurrentContext current(*this);
+  CurrentCudaContext current(cuda_, context_);
+  status_.Update(current.status());
   Stage& stage = stages_[next_];
   next_ = (next_ + 1) % kStages;
   Note(cuda_.cuMemcpyHtoDAsync(OnDevice(address), stage.memory, block_bytes_,
@@ -109,7 +92,8 @@ void CudaBlockMemory::EndWrite(const std::byte* address) {
 }
 
 std::span<const std::byte> CudaBlockMemory::Read(const std::byte* address) {
-  CurrentContext current(*this);
+  CurrentCudaContext current(cuda_, context_);
+  status_.Update(current.status());
   // What is there if the copy fails is not what was read before.
   std::memset(read_, 0, block_bytes_);
   Note(cuda_.cuMemcpyDtoHAsync(read_, OnDevice(address), block_bytes_, stream_),
@@ -119,7 +103,8 @@ std::span<const std::byte> CudaBlockMemory::Read(const std::byte* address) {
 }
 
 void CudaBlockMemory::WhenDone(std::function<void()> done) {
-  CurrentContext current(*this);
+  CurrentCudaContext current(cuda_, context_);
+  status_.Update(current.status());
   auto* call = new std::function<void()>(std::move(done));
   const cuda::CUresult result = cuda_.cuLaunchHostFunc(
       stream_,
@@ -134,7 +119,8 @@ void CudaBlockMemory::WhenDone(std::function<void()> done) {
 }
 
 void CudaBlockMemory::Wait() {
-  CurrentContext current(*this);
+  CurrentCudaContext current(cuda_, context_);
+  status_.Update(current.status());
   Note(cuda_.cuStreamSynchronize(stream_), "cuStreamSynchronize");
 }
 

@@ -27,7 +27,7 @@ namespace kvbroker::replay {
 
 class CudaBlockMemory {
  public:
-  // `gpu` as in ChooseDevice(). The driver outlives it.
+  // `gpu` as in FindDevice(). The driver outlives it.
   static absl::StatusOr<std::unique_ptr<CudaBlockMemory>> Create(
       const CudaDriver& driver, std::string_view gpu, size_t block_bytes);
   // Waits for what is queued.
@@ -56,7 +56,6 @@ class CudaBlockMemory {
     std::byte* memory = nullptr;
     cuda::CUevent copied = nullptr;
   };
-  class CurrentContext;
 
   CudaBlockMemory(const CudaDriver& driver, CudaDevice device,
                   size_t block_bytes)

@@ -37,8 +37,7 @@ cuda::CUmemAllocationProp PropOf(const CudaDevice& device, bool rdma) {
 
 absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(
     std::unique_ptr<CudaDriver> driver, const CudaBackendOptions& options) {
-  ASSIGN_OR_RETURN(std::vector<CudaDevice> devices, ProbeDevices(*driver));
-  ASSIGN_OR_RETURN(CudaDevice device, ChooseDevice(devices, options.gpu));
+  ASSIGN_OR_RETURN(CudaDevice device, FindDevice(*driver, options.gpu));
   RETURN_IF_ERROR(device.usable);
   if (options.rdma && !device.rdma_with_vmm) {
     return absl::UnimplementedError(

@@ -10,6 +10,7 @@
 #include "absl/status/statusor.h"
 #include "broker/base/bytes.h"
 #include "broker/base/status_macros.h"
+#include "broker/device/cuda/current_context.h"
 #include "broker/device/cuda/driver.h"
 
 namespace kvbroker {
@@ -29,7 +30,7 @@ class CudaImport {
   CudaImport(const CudaImport&) = delete;
   CudaImport& operator=(const CudaImport&) = delete;
   ~CudaImport() {
-    Current current(*this);
+    CurrentCudaContext current(cuda_, context_);
     if (mapped_) cuda_.cuMemUnmap(address_, size_);
     if (address_ != 0) cuda_.cuMemAddressFree(address_, size_);
     if (imported_) cuda_.cuMemRelease(handle_);
@@ -38,31 +39,20 @@ class CudaImport {
   cuda::CUdeviceptr address() const { return address_; }
 
   absl::Status Write(const void* from, size_t size) {
-    Current current(*this);
+    CurrentCudaContext current(cuda_, context_);
     return CudaStatus(cuda_.cuMemcpyHtoD(address_, from, size), "cuMemcpyHtoD");
   }
   absl::Status Read(void* to, size_t size) {
-    Current current(*this);
+    CurrentCudaContext current(cuda_, context_);
     return CudaStatus(cuda_.cuMemcpyDtoH(to, address_, size), "cuMemcpyDtoH");
   }
 
  private:
-  struct Current {
-    explicit Current(CudaImport& import) : cuda(import.cuda_) {
-      cuda.cuCtxPushCurrent(import.context_);
-    }
-    ~Current() {
-      cuda::CUcontext popped;
-      cuda.cuCtxPopCurrent(&popped);
-    }
-    const CudaFunctions& cuda;
-  };
-
   CudaImport(const CudaFunctions& cuda, cuda::CUcontext context, size_t size)
       : cuda_(cuda), context_(context), size_(size) {}
 
   absl::Status Start(int device, int fd) {
-    Current current(*this);
+    CurrentCudaContext current(cuda_, context_);
     RETURN_IF_ERROR(CudaStatus(
         cuda_.cuMemImportFromShareableHandle(
             &handle_, reinterpret_cast<void*>(static_cast<intptr_t>(fd)),

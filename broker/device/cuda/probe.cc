@@ -151,4 +151,10 @@ absl::StatusOr<CudaDevice> ChooseDevice(const std::vector<CudaDevice>& devices,
       absl::StrCat("gpu \"", wanted, "\" may be any of ", List(found)));
 }
 
+absl::StatusOr<CudaDevice> FindDevice(const CudaDriver& driver,
+                                      std::string_view gpu) {
+  ASSIGN_OR_RETURN(std::vector<CudaDevice> devices, ProbeDevices(driver));
+  return ChooseDevice(devices, gpu);
+}
+
 }  // namespace kvbroker

@@ -35,6 +35,10 @@ absl::StatusOr<std::vector<CudaDevice>> ProbeDevices(const CudaDriver& driver);
 absl::StatusOr<CudaDevice> ChooseDevice(const std::vector<CudaDevice>& devices,
                                         std::string_view gpu);
 
+// Both in one.
+absl::StatusOr<CudaDevice> FindDevice(const CudaDriver& driver,
+                                      std::string_view gpu);
+
 // What a handle of the device is made with: pinned memory, exportable.
 cuda::CUmemAllocationProp AllocationProp(const CudaDevice& device);
 
