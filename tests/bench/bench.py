@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import json
 import os
 import platform
@@ -24,14 +23,13 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import FrameType
+
+from processes import READY_SECONDS, BenchError, Interrupted, Process, environment_without, interrupt
 
 KIB = 1 << 10
 MIB = 1 << 20
 GIB = 1 << 30
 
-_PR_SET_PDEATHSIG = 1
-_READY_SECONDS = 60.0
 _CLIENTS = 8
 _STEAL_ROUNDS = 300
 _STEAL_SETTLE_SECONDS = 0.005
@@ -43,105 +41,12 @@ _IDLE_SECONDS = 10.0
 # CPU that others use, in percent of the machine, above which figures are doubtful.
 _BUSY_PERCENT = 10.0
 
-_libc = ctypes.CDLL(None)
-
-
-class BenchError(Exception):
-    """Something went wrong; the message is for whoever runs the benchmarks."""
-
-
-class Interrupted(BaseException):
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.exit_status = 128 + number
-
-
-def interrupt(number: int, _frame: FrameType | None) -> None:
-    raise Interrupted(number)
-
 
 def note(text: str) -> None:
     print(f"   {text}", file=sys.stderr, flush=True)
 
 
-# ---- processes --------------------------------------------------------------
-
-
-def _die_with_parent() -> None:
-    _libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-
-
-def _environment() -> dict[str, str]:
-    """Without the settings of this machine's real broker and engines."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("KVBROKER")}
-
-
-class Process:
-    """A program with its standard error in a log."""
-
-    def __init__(
-        self, command: Sequence[str | Path], log: Path, keep_fds: Sequence[int] = ()
-    ) -> None:
-        self._log = log
-        with open(log, "wb") as log_file:
-            self._process = subprocess.Popen(
-                [str(word) for word in command],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log_file,
-                pass_fds=keep_fds,
-                env=_environment(),
-                process_group=0,
-                preexec_fn=_die_with_parent,
-            )
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    def order(self, line: str) -> None:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(line.encode() + b"\n")
-            self._process.stdin.flush()
-        except BrokenPipeError as error:
-            raise self.failure() from error
-
-    def answer(self, within: float = _READY_SECONDS) -> str:
-        assert self._process.stdout is not None
-        if not select.select([self._process.stdout], [], [], within)[0]:
-            raise BenchError(f"{self._process.args!r} did not answer within {within:g} s")
-        line = self._process.stdout.readline()
-        if not line:
-            raise self.failure()
-        return line.decode().strip()
-
-    def failure(self) -> BenchError:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(5)
-        tail = self._log.read_text(encoding="utf-8", errors="replace").splitlines()[-10:]
-        return BenchError("\n  | ".join([f"{self._process.args!r} ended; its log:", *tail]))
-
-    def stop(self) -> None:
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            with contextlib.suppress(BrokenPipeError):
-                pipe.close()
-        self._process.terminate()
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-    def cpu_seconds(self) -> float:
-        """CPU of all its threads, living and ended: its process clock, in nanoseconds."""
-        return time.clock_gettime((~self.pid << 3) | 2)
-
-    def cpu_ticks(self) -> int:
-        """The same from /proc/PID/stat."""
-        words = Path(f"/proc/{self.pid}/stat").read_text(encoding="ascii").rsplit(")", 1)[1].split()
-        return int(words[11]) + int(words[12])
+# ---- the broker -------------------------------------------------------------
 
 
 class Broker:
@@ -157,7 +62,7 @@ class Broker:
             self.process = self._start(
                 [bench.program("tests/bench/bench_broker"), self.folder, str(capacity)]
             )
-            if self.process.answer() != "ready":
+            if self.process.line() != "ready":
                 raise self.process.failure()
             return
         ready, ready_writer = os.pipe()
@@ -178,7 +83,7 @@ class Broker:
             os.close(ready_writer)
             ready_writer = -1
             if (
-                not select.select([ready], [], [], _READY_SECONDS)[0]
+                not select.select([ready], [], [], READY_SECONDS)[0]
                 or not os.read(ready, 64)
             ):
                 raise self.process.failure()
@@ -195,7 +100,9 @@ class Broker:
 
     def _start(self, command: Sequence[str | Path], keep_fds: Sequence[int] = ()) -> Process:
         self._children += 1
-        process = Process(command, self.folder / f"{self._children}.log", keep_fds)
+        process = Process(
+            command, self.folder / f"{self._children}.log", environment_without("KVBROKER"), keep_fds
+        )
         self._stack.callback(process.stop)
         return process
 
@@ -209,7 +116,7 @@ class Broker:
                 *map(str, arguments),
             ]
         )
-        if process.answer() != "ready":
+        if process.line() != "ready":
             raise process.failure()
         return process
 
@@ -236,7 +143,7 @@ class Broker:
                 "--json",
             ],
             capture_output=True,
-            env=_environment(),
+            env=environment_without("KVBROKER"),
             check=False,
         )
         if listing.returncode != 0:
@@ -289,14 +196,14 @@ def churn(bench: Bench, handles: int, handle_bytes: int) -> tuple[float, float]:
         for engine in engines:
             engine.order("0.5")  # warm
         for engine in engines:
-            engine.answer()
+            engine.line()
         before = broker.process.cpu_seconds()
         for engine in engines:
             engine.order(str(bench.seconds))
         per_second = 0.0
         grants_made = 0
         for engine in engines:
-            grants, seconds = engine.answer(bench.seconds + _READY_SECONDS).split()
+            grants, seconds = engine.line(bench.seconds + READY_SECONDS).split()
             per_second += int(grants) / float(seconds)
             grants_made += int(grants)
         cpu = broker.process.cpu_seconds() - before
@@ -325,7 +232,7 @@ def steals(bench: Bench, touch: bool) -> list[float]:
         micros = []
         for turn in range(_STEAL_ROUNDS + 2):
             engines[turn % 2].order("take")
-            micros.append(float(engines[turn % 2].answer()))
+            micros.append(float(engines[turn % 2].line()))
             time.sleep(_STEAL_SETTLE_SECONDS)
         # The first was free memory, the second has seen no reclaim before.
         return sorted(micros[2:])
@@ -348,7 +255,7 @@ def idle(bench: Bench) -> Figures:
         start_at = time.time() + seconds + 120
         for i in range(_CLIENTS):
             broker.idle_engine(f"idle{i}", i, start_at)
-        deadline = time.monotonic() + _READY_SECONDS
+        deadline = time.monotonic() + READY_SECONDS
         while broker.listed() < _CLIENTS:
             if time.monotonic() > deadline:
                 raise BenchError("the idle engines did not connect")
@@ -406,7 +313,7 @@ def grant_cost(bench: Bench) -> Figures:
             for name, (broker, churner) in settings.items():
                 before = broker.process.cpu_seconds()
                 churner.order(str(bench.seconds / _GRANT_COST_ROUNDS))
-                grants = int(churner.answer(bench.seconds + _READY_SECONDS).split()[0])
+                grants = int(churner.line(bench.seconds + READY_SECONDS).split()[0])
                 rounds[name].append(1e6 * (broker.process.cpu_seconds() - before) / grants)
         return {name: statistics.median(each) for name, each in rounds.items()}
 

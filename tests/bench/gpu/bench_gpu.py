@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import json
 import os
 import platform
@@ -25,13 +24,22 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import FrameType
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from processes import (  # noqa: E402
+    READY_SECONDS,
+    BenchError,
+    Interrupted,
+    Process,
+    die_with_parent,
+    environment_without,
+    interrupt,
+    tail,
+)
 
 MIB = 1 << 20
 GIB = 1 << 30
 
-_PR_SET_PDEATHSIG = 1
-_READY_SECONDS = 30.0
 _PAGE_MIB = 128
 _OTHER_PAGE_MIB = 144
 _PER_LAYER_HANDLES = 64
@@ -46,23 +54,8 @@ _BURST_RESERVE = 8
 # What the measurements with kvcached need, once it is built.
 _KVCACHED_SECONDS = 40.0
 
-_libc = ctypes.CDLL(None)
 
 Figures = dict[str, float]
-
-
-class BenchError(Exception):
-    """Something went wrong; the message is for whoever runs the benchmarks."""
-
-
-class Interrupted(BaseException):
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.exit_status = 128 + number
-
-
-def interrupt(number: int, _frame: FrameType | None) -> None:
-    raise Interrupted(number)
 
 
 _began = time.monotonic()
@@ -80,96 +73,7 @@ def p99(samples: Sequence[float]) -> float:
     return sorted(samples)[min(len(samples) - 1, int(0.99 * len(samples)))]
 
 
-# ---- processes --------------------------------------------------------------
-
-
-def _die_with_parent() -> None:
-    _libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-
-
-def _tail(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    return "\n  | ".join(["", *lines[-10:]])
-
-
-class Process:
-    """A program that takes orders by lines, with its standard error in a log."""
-
-    def __init__(
-        self,
-        command: Sequence[str | Path],
-        log: Path,
-        environment: dict[str, str],
-        keep_fds: Sequence[int] = (),
-        ends_with_stdin: bool = True,
-    ) -> None:
-        self._log = log
-        self._ends_with_stdin = ends_with_stdin
-        with open(log, "wb") as log_file:
-            self._process = subprocess.Popen(
-                [str(word) for word in command],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log_file,
-                pass_fds=keep_fds,
-                env=environment,
-                process_group=0,
-                preexec_fn=_die_with_parent,
-            )
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    def order(self, line: str) -> None:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(line.encode() + b"\n")
-            self._process.stdin.flush()
-        except BrokenPipeError as error:
-            raise self.failure() from error
-
-    def line(self, within: float) -> str:
-        assert self._process.stdout is not None
-        if not select.select([self._process.stdout], [], [], within)[0]:
-            raise BenchError(f"{self._name()} did not answer within {within:g} s")
-        line = self._process.stdout.readline()
-        if not line:
-            raise self.failure()
-        return line.decode().strip()
-
-    def answer(self, within: float = _READY_SECONDS) -> dict:
-        return json.loads(self.line(within))
-
-    def ask(self, line: str, within: float = _READY_SECONDS) -> dict:
-        self.order(line)
-        return self.answer(within)
-
-    def failure(self) -> BenchError:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(5)
-        return BenchError(f"{self._name()} ended; its log:{_tail(self._log)}")
-
-    def stop(self) -> None:
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            with contextlib.suppress(BrokenPipeError):
-                pipe.close()
-        if self._ends_with_stdin:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(5)
-        self._process.terminate()
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-    def _name(self) -> str:
-        assert isinstance(self._process.args, list)
-        return " ".join(
-            [Path(str(self._process.args[0])).name, *map(str, self._process.args[1:])]
-        )
+# ---- the broker and its engines ---------------------------------------------
 
 
 class Bench:
@@ -181,10 +85,7 @@ class Bench:
         self.deadline = _began + options.limit
         self._bin: Path = options.bin
         self._logs = 0
-        names = ("KVBROKER", "KVCACHED")
-        self._environment = {
-            name: value for name, value in os.environ.items() if not name.startswith(names)
-        }
+        self._environment = environment_without("KVBROKER", "KVCACHED")
         if self.fake is not None:
             gpu = folder / "gpu"
             gpu.mkdir()
@@ -207,10 +108,10 @@ class Bench:
         return self.folder / f"{self._logs}.log"
 
     def start(self, command: Sequence[str | Path]) -> Process:
-        return Process(command, self.log(), self._environment)
+        return Process(command, self.log(), self._environment, ends_with_stdin=True)
 
     def start_broker(self, command: Sequence[str | Path], ready_fd: int) -> Process:
-        return Process(command, self.log(), self._environment, [ready_fd], ends_with_stdin=False)
+        return Process(command, self.log(), self._environment, [ready_fd])
 
     def output(self, name: str, *arguments: str, within: float = 120) -> dict:
         """What a program that ends by itself prints."""
@@ -225,12 +126,12 @@ class Bench:
                     env=self._environment,
                     timeout=within,
                     check=False,
-                    preexec_fn=_die_with_parent,
+                    preexec_fn=die_with_parent,
                 )
             except subprocess.TimeoutExpired as error:
                 raise BenchError(f"{name} took longer than {within:g} s") from error
         if run.returncode != 0:
-            raise BenchError(f"{' '.join(command)} failed:{_tail(log)}")
+            raise BenchError(f"{' '.join(command)} failed:{tail(log)}")
         return json.loads(run.stdout)
 
     def gpu(self, *arguments: str) -> dict:
@@ -264,7 +165,7 @@ class Broker:
             self._stack.callback(self.process.stop)
             os.close(ready_writer)
             ready_writer = -1
-            if not select.select([ready], [], [], _READY_SECONDS)[0] or not os.read(ready, 64):
+            if not select.select([ready], [], [], READY_SECONDS)[0] or not os.read(ready, 64):
                 self._stack.close()
                 raise self.process.failure()
         finally:
@@ -295,7 +196,7 @@ class Broker:
         """Started together: most of their time is the driver's."""
         started = [self.start_engine(f"engine{i}", **settings) for i in range(count)]
         for process in started:
-            if process.line(_READY_SECONDS) != "ready":
+            if process.line(READY_SECONDS) != "ready":
                 raise process.failure()
         return started
 
@@ -452,7 +353,7 @@ def take(bench: Bench, a_mib: int, b_mib: int) -> list[float]:
         a = broker.start_engine("a", page_mib=a_mib, max_pages=4)
         b = broker.start_engine("b", page_mib=b_mib, max_pages=4)
         for process in (a, b):
-            if process.line(_READY_SECONDS) != "ready":
+            if process.line(READY_SECONDS) != "ready":
                 raise process.failure()
         for turn in range(2 * rounds + 2):
             answer = (a, b)[turn % 2].ask("take")
@@ -475,7 +376,7 @@ def takes(bench: Bench) -> Figures:
         for engine in engines:
             engine.order(f"takes {bench.seconds}")
         for engine in engines:
-            together += engine.answer(bench.seconds + _READY_SECONDS).get("took", [])
+            together += engine.answer(bench.seconds + READY_SECONDS).get("took", [])
     if not together:
         raise BenchError("four engines took nothing from each other")
     return {
@@ -494,7 +395,7 @@ def churn(bench: Bench, processes: list[Process]) -> dict[str, list[float]]:
         process.order(f"churn {bench.seconds} {_CHURN_PAGES}")
     all_samples: dict[str, list[float]] = {}
     for process in processes:
-        answer = process.answer(bench.seconds + _READY_SECONDS)
+        answer = process.answer(bench.seconds + READY_SECONDS)
         for name, samples in answer.items():
             all_samples.setdefault(name, []).extend(samples)
     return all_samples
@@ -512,7 +413,7 @@ def at_once(bench: Bench) -> Figures:
             for process in alone:
                 stack.callback(process.stop)
             for process in alone:
-                if process.line(_READY_SECONDS) != "ready":
+                if process.line(READY_SECONDS) != "ready":
                     raise process.failure()
             floor = churn(bench, alone)
         with Broker(bench, capacity(2 * count * _CHURN_PAGES)) as broker:
@@ -537,7 +438,7 @@ def bursts(bench: Bench) -> Figures:
                 engine.order(
                     f"bursts {start} {bench.seconds} {half} {_BURST_PAGES} {_BURST_STEP_US}"
                 )
-            return [engine.answer(bench.seconds + _READY_SECONDS) for engine in engines]
+            return [engine.answer(bench.seconds + READY_SECONDS) for engine in engines]
 
     together = run((0, 1))
     apart = run((0,)) + run((1,))
@@ -625,12 +526,12 @@ def build_kvcached(bench: Bench) -> tuple[Path, dict[str, str]]:
                 stderr=subprocess.STDOUT,
                 timeout=within,
                 check=False,
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             ).returncode
         except subprocess.TimeoutExpired as error:
             raise BenchError(f"its build took longer than {within:.0f} s") from error
     if status != 0:
-        raise BenchError(f"its build failed:{_tail(log)}")
+        raise BenchError(f"its build failed:{tail(log)}")
     return source, environment
 
 
@@ -654,12 +555,12 @@ def kvcached(bench: Bench) -> Figures:
                     stderr=log_file,
                     timeout=within,
                     check=False,
-                    preexec_fn=_die_with_parent,
+                    preexec_fn=die_with_parent,
                 )
             except subprocess.TimeoutExpired as error:
                 raise BenchError(f"{name}: it took longer than {within:.0f} s") from error
         if run.returncode != 0:
-            raise BenchError(f"{name}: it failed:{_tail(log)}")
+            raise BenchError(f"{name}: it failed:{tail(log)}")
         # It prints lines of its own.
         samples = json.loads(run.stdout.decode().strip().splitlines()[-1])
         for what, times in samples.items():

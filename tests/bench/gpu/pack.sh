@@ -54,6 +54,7 @@ done
 
 mkdir -p "$out/tests/bench/gpu"
 cp tests/bench/gpu/{run.sh,bench_gpu.py,bench_kvcached.py} "$out/tests/bench/gpu/"
+cp tests/bench/processes.py "$out/tests/bench/"
 compgen -G 'build/kvcached-*.tar.gz' >/dev/null ||
   tests/bench/gpu/fetch_kvcached.sh ||
   echo "pack.sh: without kvcached, which could not be fetched" >&2
