@@ -655,7 +655,7 @@ absl::Time Core::NextDue() {
 }
 
 absl::Time Core::RunDue() {
-  Measure();
+  MeasureIfDue();
   Actions actions;
   {
     MutexLock lock(&mu_);

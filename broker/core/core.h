@@ -66,7 +66,7 @@ struct CoreOptions {
   // Bytes that may be lent; at most the device's total.
   Bytes capacity;
   // Of a device that others use as well: what is to stay free beside all that is
-  // lent and used. What others use is read from the backend (RunDue does it),
+  // lent and used. What others use is read from the backend (RunDue begins it),
   // and what they use or have declared is not lent. Unset: the device is the
   // broker's alone.
   std::optional<Bytes> headroom;
@@ -106,11 +106,11 @@ struct CoreOptions {
   std::function<void(bool wait)> remember;
   // Called (without the lock) when RunDue has to run earlier than it last said.
   std::function<void()> wake;
-  // Makes, exports and releases of more handles than `inline_handles` in one
-  // call are queued there in steps of that size, so that no caller is kept and
-  // small ones get their turn: one thread, in the order given, never from
-  // within. What is queued is done or dropped before the core is destroyed.
-  // Null: all is done by the caller.
+  // Readings of what the device has in use are queued there, as are makes,
+  // exports and releases of more handles than `inline_handles` in one call, in
+  // steps of that size, so that no caller is kept and small ones get their turn:
+  // one thread, in the order given, never from within. What is queued is done or
+  // dropped before the core is destroyed. Null: all is done by the caller.
   std::function<void(std::function<void()>)> executor;
   size_t inline_handles = 64;
   // One line an event: "grant instance=a pages=3 ...". Without the lock.
@@ -254,7 +254,9 @@ class Core {
   // What processes of sessions surely use besides pages, of two readings.
   ByProcess OfOurs(const ByProcess& first, const ByProcess& last)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  // Reads what the device has in use. Without the lock.
+  // Reads what the device has in use, where it is time to: on the executor, since
+  // a driver may take its time, or for ever.
+  void MeasureIfDue() ABSL_LOCKS_EXCLUDED(mu_);
   void Measure() ABSL_LOCKS_EXCLUDED(mu_);
   void MeasureSoon(absl::Duration delay) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Takes what others use, or have declared, off what may be lent.

@@ -94,13 +94,24 @@ Bytes Core::LendableBeside(Bytes foreign) const {
   return std::clamp(left, Bytes(0), options_.capacity);
 }
 
+void Core::MeasureIfDue() {
+  {
+    MutexLock lock(&mu_);
+    if (Now() < measure_at_) return;
+    measure_at_ = absl::InfiniteFuture();
+  }
+  if (options_.executor) {
+    options_.executor([this] { Measure(); });
+  } else {
+    Measure();
+  }
+}
+
 void Core::Measure() {
   Books before;
   const absl::Time now = Now();
   {
     MutexLock lock(&mu_);
-    if (now < measure_at_) return;
-    measure_at_ = absl::InfiniteFuture();
     before = ReadBooks();
   }
   // First and last: what a process has taken or given meanwhile is counted as
@@ -155,6 +166,7 @@ void Core::Measure() {
         take(low);
       }
       UpdateOthers(actions);
+      Arbitrate(actions);
     }
   }
   Run(std::move(actions));

@@ -306,6 +306,34 @@ TEST_F(OthersTest, WhatIsDeclaredComesOnTopOfWhatOtherProcessesUse) {
   EXPECT_EQ(Broker().others, MiB(1));
 }
 
+// A driver that takes its time keeps nobody else.
+class MeasuredByHandTest : public OthersTest {
+ protected:
+  MeasuredByHandTest()
+      : OthersTest({.capacity = MiB(10),
+                    .device = MiB(12),
+                    .headroom = MiB(2),
+                    .bulk_by_hand = true}) {}
+};
+
+TEST_F(MeasuredByHandTest, WhatIsDueIsDoneWhileTheDeviceIsRead) {
+  FakeClient& a = world_.Start({.name = "a"});
+  world_.core().RunDue();
+  EXPECT_EQ(world_.bulk_waiting(), 1) << "the reading waits";
+  const Sequence asked = a.Ask({.at_least = 20});
+  a.Pump();
+  EXPECT_NE(a.refused(asked), nullptr) << "others are served";
+  a.Ask({.at_least = 2});
+  a.Pump();
+  EXPECT_EQ(a.mapped(), 2);
+  world_.core().RunDue();
+  EXPECT_EQ(world_.bulk_waiting(), 1) << "one at a time";
+  world_.device().SetForeignBytes(MiB(4));
+  // It is concluded where it is read, without RunDue.
+  EXPECT_TRUE(world_.RunBulk());
+  EXPECT_EQ(Broker().others, MiB(4));
+}
+
 class ChargeEngineTest : public OthersTest {
  protected:
   ChargeEngineTest() : OthersTest(Shared(CoreOptions::Charge::kEngine)) {}
