@@ -85,6 +85,9 @@ class Backend {
   // it is sent. May be asked for again. RESOURCE_EXHAUSTED: out of descriptors.
   virtual absl::StatusOr<UniqueFd> Export(const Handle& handle) = 0;
 
+  // Does now what makes the handle's first Export quick, where that helps.
+  virtual void Prepare(const Handle& /*handle*/) {}
+
   // Bytes of the device's memory in use by anybody, this backend's own
   // allocations included.
   virtual absl::StatusOr<Bytes> UsedBytes() = 0;
@@ -94,6 +97,11 @@ class Backend {
   virtual absl::StatusOr<std::map<uint32_t, Bytes>> UsedByProcess() {
     return absl::UnimplementedError("the device does not say who uses it");
   }
+
+  // Whether anybody is connected. While so, a backend may hold a little for
+  // itself that makes its calls quick; UsedBytes leaves that out. One call at a
+  // time.
+  virtual void SetInUse(bool /*in_use*/) {}
 
  private:
   friend class Handle;

@@ -63,6 +63,8 @@ class FaultInjectingBackend : public Backend {
   absl::StatusOr<std::map<uint32_t, Bytes>> UsedByProcess() override {
     return behind_.UsedByProcess();
   }
+  void Prepare(const Handle& handle) override { behind_.Prepare(handle); }
+  void SetInUse(bool in_use) override { behind_.SetInUse(in_use); }
 
  private:
   struct Script {

@@ -468,6 +468,7 @@ void RunningBroker::UpdateRestTimer() {
 
 void RunningBroker::CountSession(int change) {
   sessions_ += change;
+  driver_->Do([this] { backend_.backend->SetInUse(sessions_ > 0); });
   if (idle_exit_ == absl::InfiniteDuration()) return;
   loop_->Post([this] { UpdateIdleTimer(); });
 }

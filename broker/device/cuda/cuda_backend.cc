@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <sys/stat.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <utility>
 #include <vector>
@@ -65,6 +66,7 @@ CudaBackend::CudaBackend(std::unique_ptr<CudaDriver> driver, CudaDevice device,
       max_kept_(options.kept_descriptors) {}
 
 CudaBackend::~CudaBackend() {
+  SetInUse(false);
   MutexLock lock(&mu_);
   KVB_CHECK(live_.empty());  // A handle outlives its backend.
 }
@@ -114,6 +116,15 @@ absl::StatusOr<UniqueFd> CudaBackend::Export(const Handle& handle) {
   return fd;
 }
 
+void CudaBackend::Prepare(const Handle& handle) {
+  {
+    MutexLock lock(&mu_);
+    if (kept_ >= max_kept_) return;
+  }
+  // A failure is Export's to tell.
+  TryExport(handle.token()).IgnoreError();
+}
+
 absl::StatusOr<UniqueFd> CudaBackend::TryExport(uint64_t token) {
   cuda::CUmemGenericAllocationHandle made = 0;
   {
@@ -126,6 +137,13 @@ absl::StatusOr<UniqueFd> CudaBackend::TryExport(uint64_t token) {
     if (it->second.kept) return it->second.kept.Duplicate();
     made = it->second.made;
   }
+  ASSIGN_OR_RETURN(UniqueFd fd, ExportAnew(made));
+  Keep(token, fd);
+  return fd;
+}
+
+absl::StatusOr<UniqueFd> CudaBackend::ExportAnew(
+    cuda::CUmemGenericAllocationHandle made) {
   exports_.fetch_add(1, std::memory_order_relaxed);
   int number = -1;
   RETURN_IF_ERROR(CudaStatusOfDescriptorCall(
@@ -136,8 +154,30 @@ absl::StatusOr<UniqueFd> CudaBackend::TryExport(uint64_t token) {
   if (fcntl(number, F_SETFD, FD_CLOEXEC) != 0) {
     return ErrnoToStatus(errno, "F_SETFD of an export");
   }
-  Keep(token, fd);
   return fd;
+}
+
+void CudaBackend::SetInUse(bool in_use) {
+  if (!in_use) {
+    opened_.Reset();
+    opener_.Reset();
+    own_bytes_ = 0;
+    return;
+  }
+  if (opened_) return;
+  absl::StatusOr<Handle> opener = Create(info_.granularity);
+  // Without it all works, slower.
+  if (!opener.ok()) return;
+  cuda::CUmemGenericAllocationHandle made = 0;
+  {
+    MutexLock lock(&mu_);
+    made = live_.at(opener->token()).made;
+  }
+  absl::StatusOr<UniqueFd> opened = ExportAnew(made);
+  if (!opened.ok()) return;
+  opener_ = *std::move(opener);
+  opened_ = *std::move(opened);
+  own_bytes_ = opener_.size().count();
 }
 
 void CudaBackend::Keep(uint64_t token, const UniqueFd& fd) {
@@ -174,8 +214,10 @@ absl::StatusOr<NvmlMemory> CudaBackend::ReadMemory() {
 }
 
 absl::StatusOr<Bytes> CudaBackend::UsedBytes() {
+  // Whichever is less, should it come or go meanwhile.
+  const Bytes own(own_bytes_);
   ASSIGN_OR_RETURN(NvmlMemory memory, ReadMemory());
-  return memory.used;
+  return std::max(memory.used - std::max(own, Bytes(own_bytes_)), Bytes(0));
 }
 
 absl::StatusOr<std::map<uint32_t, Bytes>> CudaBackend::UsedByProcess() {

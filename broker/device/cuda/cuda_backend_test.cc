@@ -426,6 +426,47 @@ TEST_F(CudaTest, KeepsSoManyDescriptorsUntilTheirHandlesGo) {
   EXPECT_EQ(backend->kept_descriptors(), 2);
 }
 
+// The first descriptor of a process and the last one are dear.
+TEST_F(CudaTest, WhileInUseThereIsAlwaysADescriptor) {
+  auto backend = Make();
+  ASSERT_TRUE(backend.ok()) << backend.status();
+  auto observer = Make();
+  ASSERT_TRUE(observer.ok()) << observer.status();
+  for (int round = 0; round < 2; ++round) {
+    (*backend)->SetInUse(true);
+    (*backend)->SetInUse(true);
+    EXPECT_EQ((*backend)->counts().exports, round + 1);
+    EXPECT_EQ(*(*backend)->UsedBytes(), Bytes(0)) << "its own does not count";
+    EXPECT_EQ(*(*observer)->UsedBytes(), (*backend)->info().granularity);
+    {
+      Handle handle = *(*backend)->Create(MiB(4));
+      EXPECT_EQ(*(*backend)->UsedBytes(), MiB(4));
+    }
+    (*backend)->SetInUse(false);
+    (*backend)->SetInUse(false);
+    EXPECT_EQ(*(*observer)->UsedBytes(), Bytes(0));
+  }
+  (*backend)->SetInUse(true);
+  backend->reset();
+  EXPECT_EQ(*(*observer)->UsedBytes(), Bytes(0)) << "it goes with the backend";
+}
+
+TEST_F(CudaTest, InUseWithoutADescriptorOfItsOwnItWorksAllTheSame) {
+  for (const char* call : {"cuMemCreate", "cuMemExportToShareableHandle"}) {
+    auto backend = Make();
+    ASSERT_TRUE(backend.ok()) << backend.status();
+    fake_.Fail(call, 1, cuda::CUDA_ERROR_UNKNOWN);
+    (*backend)->SetInUse(true);
+    EXPECT_EQ(*(*backend)->UsedBytes(), Bytes(0));
+    Handle handle = *(*backend)->Create(MiB(2));
+    EXPECT_TRUE((*backend)->Export(handle).ok());
+    // Until somebody comes again.
+    (*backend)->SetInUse(true);
+    EXPECT_EQ(*(*backend)->UsedBytes(), MiB(2));
+    EXPECT_EQ((*backend)->counts().creates, 3);
+  }
+}
+
 TEST_F(CudaTest, WhereDescriptorsAreShortTheKeptOnesGo) {
   auto backend = Make();
   ASSERT_TRUE(backend.ok()) << backend.status();
