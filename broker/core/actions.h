@@ -42,12 +42,20 @@ struct SendHandles {
   std::vector<HandleRef> handles;
 };
 
+// Handles to make for the stock.
+struct StockHandles {
+  std::string tenant;
+  Bytes size;  // of each
+  size_t count = 0;
+};
+
 struct Actions {
   std::vector<std::pair<std::shared_ptr<SessionListener>, BrokerMessage>> tell;
   std::vector<std::pair<std::shared_ptr<SessionListener>, absl::Status>> close;
   std::vector<std::shared_ptr<SessionListener>> forgotten;
   std::vector<MakePages> make;
   std::vector<SendHandles> send;
+  std::optional<StockHandles> stock;
   std::vector<HandleRef> release;
   // As release, of pages that stay lent.
   std::vector<HandleRef> let_go;
@@ -57,8 +65,8 @@ struct Actions {
 
   bool empty() const {
     return tell.empty() && close.empty() && make.empty() && send.empty() &&
-           release.empty() && let_go.empty() && forgotten.empty() && log.empty() && !remember &&
-           history.empty();
+           !stock && release.empty() && let_go.empty() && forgotten.empty() &&
+           log.empty() && !remember && history.empty();
   }
 };
 

@@ -259,7 +259,9 @@ void Core::Order(PoolId pool_id, PageCount hold_at_most, Tier tier,
   SessionState& session = sessions_.at(pool.session);
   if (!session.connected) return;
   const bool lifted = hold_at_most == kHoldAny;
-  state.revision = Revision(state.revision.value() + 1);
+  // Who has done with an order keeps nothing of it in force.
+  const bool tell = !lifted || !state.settled_order;
+  if (tell) state.revision = Revision(state.revision.value() + 1);
   state.hold_at_most = hold_at_most;
   state.tier = tier;
   state.settled_order = lifted;
@@ -276,11 +278,13 @@ void Core::Order(PoolId pool_id, PageCount hold_at_most, Tier tier,
       : state.answered                 ? deadline
                        : std::min(state.order_deadline, deadline);
   state.answered = lifted || tier == Tier::kClosing;
-  actions.tell.emplace_back(
-      session.listener,
-      Reclaim{pool_id, state.revision, hold_at_most, tier,
-              tier == Tier::kClosing ? absl::InfiniteDuration()
-                                     : options_.policy.reclaim_deadline});
+  if (tell) {
+    actions.tell.emplace_back(
+        session.listener,
+        Reclaim{pool_id, state.revision, hold_at_most, tier,
+                tier == Tier::kClosing ? absl::InfiniteDuration()
+                                       : options_.policy.reclaim_deadline});
+  }
   if (auto* event = Record(HistoryEvent::Kind::kOrder, pool, actions)) {
     event->hold_at_most = hold_at_most;
     event->tier = tier;
@@ -289,6 +293,7 @@ void Core::Order(PoolId pool_id, PageCount hold_at_most, Tier tier,
   const LedgerInstance& instance = ledger_.InstanceOf(pool);
   InstanceState& owner = instances_.at({instance.tenant, instance.name});
   if (lifted) {
+    if (!tell) return;
     actions.log.push_back(absl::StrCat(
         "lift session=", pool.session.value(), " instance=", instance.name,
         " pool=", pool_id.value(), " revision=", state.revision.value()));

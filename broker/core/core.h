@@ -79,8 +79,9 @@ struct CoreOptions {
   PolicyConfig policy;
   uint64_t incarnation = 0;
   // Stock: what comes back is kept for the next claim of the same tenant and
-  // size, so many bytes (unset: the lesser of 1/16 of the capacity and 1 GiB)
-  // and handles, each a descriptor, for so long.
+  // size, and some is made ahead while there are grants (with an executor), so
+  // many bytes (unset: the lesser of 1/16 of the capacity and 1 GiB) and handles,
+  // each a descriptor, for so long.
   std::optional<Bytes> max_stock;
   size_t max_stocked_handles = 4096;
   absl::Duration stock_decay = absl::Seconds(1);
@@ -324,6 +325,11 @@ class Core {
                Actions& actions) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Tenants and sizes of the handles that claims wait for.
   std::set<Ledger::StockKey> WantedStock() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // After a grant of so many handles: as many more are made beside its mapping,
+  // where there is free memory that nobody waits for.
+  void StockUp(const std::string& tenant, Bytes size, size_t granted,
+               Actions& actions) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void MakeStock(const StockHandles& stock) ABSL_LOCKS_EXCLUDED(mu_);
   // While claims wait, stock is for them alone; otherwise it has a bound.
   void TrimStock(Actions& actions) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // All stock goes back to the device.
@@ -378,6 +384,7 @@ class Core {
   uint64_t next_pool_ ABSL_GUARDED_BY(mu_) = 1;
   uint64_t next_grant_ ABSL_GUARDED_BY(mu_) = 1;
   uint32_t unacked_descriptors_ ABSL_GUARDED_BY(mu_) = 0;
+  bool stocking_ ABSL_GUARDED_BY(mu_) = false;  // MakeStock is under way
   // A send failed for want of descriptors: pump again then.
   absl::Time pump_at_ ABSL_GUARDED_BY(mu_) = absl::InfiniteFuture();
   bool draining_ ABSL_GUARDED_BY(mu_) = false;

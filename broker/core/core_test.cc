@@ -973,9 +973,10 @@ TEST_F(SmallWindowTest, WhoWaitsForTheWindowIsServedWhenAnotherHangsUpOrDies) {
 class BulkTest : public CoreTest {
  protected:
   BulkTest()
-      : CoreTest(
-            {.capacity = MiB(100), .bulk_by_hand = true, .inline_handles = 4}) {
-  }
+      : CoreTest({.capacity = MiB(100),
+                  .max_stock = Bytes(0),
+                  .bulk_by_hand = true,
+                  .inline_handles = 4}) {}
 
   int64_t Handles() { return world_.device().UsedBytes()->count() / (1 << 20); }
 };
@@ -1160,7 +1161,8 @@ TEST_F(CoreTest, IdlePagesOfAnotherArePassedOn) {
   ASSERT_GE(b.orders().size(), 1);
   EXPECT_EQ(b.orders()[0].tier, Tier::kIdle);
   EXPECT_EQ(b.orders()[0].hold_at_most, 7);
-  EXPECT_EQ(b.order(), nullptr);  // lifted
+  EXPECT_EQ(b.order(), nullptr);
+  EXPECT_THAT(b.orders(), SizeIs(1)) << "it knows that it has done with it";
 }
 
 TEST_F(CoreTest, MemoryOnItsWayBackIsNotAskedForTwice) {
@@ -1421,7 +1423,7 @@ TEST_F(CoreTest, AtMostEightHoldersAreNamed) {
 
 TEST_F(CoreTest, SpeculativeClaimsAreRefusedAtOnceAndQuietly) {
   FakeClient& b = StartWith(9, {.name = "b"});
-  b.Mark(9, Use::kIdle);
+  b.Mark(9, Use::kCached);
   Settle();
   FakeClient& a = Start({.name = "a"});
   Sequence sequence = a.Ask({.at_least = 2, .urgency = Urgency::kSpeculative});
@@ -1433,6 +1435,56 @@ TEST_F(CoreTest, SpeculativeClaimsAreRefusedAtOnceAndQuietly) {
   sequence = a.Ask({.at_least = 1, .urgency = Urgency::kSpeculative});
   Settle();
   EXPECT_EQ(a.mapped(), 1);
+}
+
+TEST_F(CoreTest, MappingAheadEvensOutIdlePages) {
+  FakeClient& b = StartWith(10, {.name = "b"});
+  b.Mark(8, Use::kIdle);
+  Settle();
+  FakeClient& a = Start({.name = "a"});
+  Sequence sequence = a.Ask({.want = 9,
+                             .at_least = 1,
+                             .urgency = Urgency::kSpeculative,
+                             .deadline = absl::Milliseconds(100)});
+  Settle();
+  ASSERT_NE(a.granted(sequence), nullptr);
+  EXPECT_EQ(a.mapped(), 4);
+  EXPECT_EQ(b.mapped(), 6);
+  a.Mark(4, Use::kIdle);
+  Settle();
+  // They are not taken back and forth.
+  sequence = b.Ask({.at_least = 1, .urgency = Urgency::kSpeculative});
+  Settle();
+  EXPECT_NE(b.refused(sequence), nullptr);
+}
+
+TEST_F(CoreTest, WhoIsAskedGivesWhatIsWantedAsWell) {
+  FakeClient& b = StartWith(10, {.name = "b"});
+  b.Mark(8, Use::kIdle);
+  Settle();
+  FakeClient& a = Start({.name = "a"});
+  Sequence sequence = a.Ask({.want = 3, .at_least = 1});
+  Settle();
+  ASSERT_NE(a.granted(sequence), nullptr);
+  EXPECT_EQ(a.mapped(), 3);
+  EXPECT_EQ(b.mapped(), 7);
+}
+
+TEST_F(CoreTest, AMappingAheadThatNobodyGivesForEndsAtItsDeadline) {
+  FakeClient& b = StartWith(10, {.name = "b"});
+  b.Mark(8, Use::kIdle);
+  Settle();
+  b.manners().answers_reclaims = false;
+  FakeClient& a = Start({.name = "a"});
+  Sequence sequence = a.Ask({.at_least = 1,
+                             .urgency = Urgency::kSpeculative,
+                             .deadline = absl::Milliseconds(100)});
+  Advance(absl::Milliseconds(99));
+  EXPECT_EQ(a.refused(sequence), nullptr);
+  Advance(absl::Milliseconds(1));
+  EXPECT_NE(a.refused(sequence), nullptr);
+  EXPECT_THAT(world_.TakeLog("refuse "), IsEmpty());
+  EXPECT_EQ(world_.Status("b").pressure, "none");
 }
 
 TEST_F(CoreTest, WhoIgnoresAnOrderIsReportedAndNotAskedAgain) {
@@ -2086,6 +2138,81 @@ TEST_F(WarmStockTest, WhatComesBackIsLentAgainWithinTheTenant) {
   StartWith(1, {.name = "b"});
   EXPECT_EQ(Stock(), Bytes(0));
   EXPECT_EQ(Creates(), 3);
+}
+
+class StockAheadTest : public CoreTest {
+ protected:
+  StockAheadTest()
+      : CoreTest({.max_stock = MiB(4), .bulk_by_hand = true}) {}
+
+  Bytes Stock() { return core().Snapshot().broker.stock; }
+  int64_t Creates() { return world_.device().counts().creates; }
+  // Asks and maps, without what the executor has to do.
+  void Grow(FakeClient& client, PageCount pages) {
+    client.Ask({.at_least = pages});
+    while (client.Pump()) {
+    }
+  }
+};
+
+TEST_F(StockAheadTest, AsMuchAsWasGrantedIsMadeForTheNextGrant) {
+  FakeClient& a = Start({.name = "a"});
+  Grow(a, 2);
+  EXPECT_EQ(a.mapped(), 2);
+  EXPECT_EQ(Creates(), 2);
+  EXPECT_EQ(world_.Check(), absl::OkStatus());
+  EXPECT_TRUE(world_.RunBulk());
+  EXPECT_EQ(Stock(), MiB(2));
+  Grow(a, 2);
+  EXPECT_EQ(a.mapped(), 4);
+  EXPECT_EQ(Creates(), 4) << "nothing is made while a claim waits for it";
+  Settle();
+  EXPECT_EQ(Stock(), MiB(2));
+  Advance(absl::Seconds(1));
+  EXPECT_EQ(Stock(), Bytes(0));
+  EXPECT_EQ(*world_.device().UsedBytes(), MiB(4));
+}
+
+TEST_F(StockAheadTest, WithinItsBoundAndOfFreeMemoryOnly) {
+  FakeClient& a = Start({.name = "a"});
+  Grow(a, 5);
+  Settle();
+  EXPECT_EQ(Stock(), MiB(4));
+  Grow(a, 4);
+  Settle();
+  EXPECT_EQ(a.mapped(), 9);
+  EXPECT_EQ(Stock(), MiB(1));
+}
+
+TEST_F(StockAheadTest, WhoNeedsTheMemoryMeanwhileGetsIt) {
+  FakeClient& a = Start({.name = "a"});
+  FakeClient& b = Start({.name = "b", .tenant = "u"});
+  Grow(a, 3);
+  b.Ask({.at_least = 7});
+  EXPECT_EQ(b.mapped(), 0) << "three are to be made";
+  Settle();
+  EXPECT_EQ(b.mapped(), 7);
+  EXPECT_EQ(Stock(), Bytes(0));
+}
+
+TEST_F(StockAheadTest, WhatCannotBeMadeIsFreeAgain) {
+  FakeClient& a = Start({.name = "a"});
+  Grow(a, 3);
+  world_.device().FailNextCreate(absl::ResourceExhaustedError("injected"));
+  EXPECT_TRUE(world_.RunBulk());
+  EXPECT_EQ(Stock(), Bytes(0));
+  EXPECT_EQ(core().CheckInvariants(), absl::OkStatus());
+  Grow(a, 7);
+  EXPECT_EQ(a.mapped(), 10);
+}
+
+TEST_F(StockAheadTest, NothingIsKeptForATenantThatHasGone) {
+  FakeClient& a = Start({.name = "a"});
+  Grow(a, 3);
+  a.Die();
+  Settle();
+  EXPECT_EQ(*world_.device().UsedBytes(), Bytes(0));
+  EXPECT_EQ(core().CheckInvariants(), absl::OkStatus());
 }
 
 TEST_F(WarmStockTest, NothingPassesToAnotherTenant) {

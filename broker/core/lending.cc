@@ -61,6 +61,10 @@ void Core::Run(Actions actions) {
                              std::move(actions.let_go))] { handles->clear(); });
     }
     actions.let_go.clear();
+    if (actions.stock) {
+      options_.executor(
+          [this, stock = *std::move(actions.stock)] { MakeStock(stock); });
+    }
     for (auto& [listener, reason] : actions.close) listener->Close(reason);
     if (!actions.release.empty()) {
       if (IsSmall(actions.release.size(), done)) {
@@ -246,6 +250,8 @@ void Core::FinishMake(MakePages make, Actions& next) {
       " held=", instance.held.count(),
       " waited_us=", absl::ToInt64Microseconds(Now() - make.claim.since)));
   PumpDescriptors(session->second, next);
+  StockUp(instance.tenant, make.geometry.handle_bytes,
+          make.pages.size() * make.geometry.handles_per_page, next);
 }
 
 void Core::Send(SendHandles send, Actions& next) {
@@ -334,6 +340,57 @@ void Core::Recycle(const std::string& tenant, std::vector<HandleRef> handles,
     (kept ? stock : actions.release).push_back(std::move(handle));
   }
   ledger_.AddStock(tenant, std::move(stock), Now());
+}
+
+void Core::StockUp(const std::string& tenant, Bytes size, size_t granted,
+                   Actions& actions) {
+  if (!options_.executor || stocking_ || draining_ || !claims_.empty() ||
+      !rooms_.empty() || options_.charge == CoreOptions::Charge::kEngine) {
+    return;
+  }
+  const size_t there = ledger_.stocked_handles({tenant, size});
+  const size_t places =
+      options_.max_stocked_handles -
+      std::min(options_.max_stocked_handles, ledger_.stocked_handles());
+  const Bytes room = std::max(
+      std::min(*options_.max_stock - ledger_.stock(), ledger_.free()),
+      Bytes(0));
+  const size_t count =
+      std::min({granted - std::min(granted, there), places,
+                static_cast<size_t>(room / size), options_.inline_handles});
+  if (count == 0) return;
+  stocking_ = true;
+  ledger_.BeginStock(size * static_cast<int64_t>(count));
+  actions.stock = {tenant, size, count};
+}
+
+void Core::MakeStock(const StockHandles& stock) {
+  std::vector<HandleRef> handles;
+  while (handles.size() < stock.count) {
+    absl::StatusOr<kvbroker::Handle> made =
+        options_.backend->Create(stock.size);
+    if (!made.ok()) break;  // who needs it is told why
+    options_.backend->Prepare(*made);
+    handles.push_back(
+        std::make_shared<const kvbroker::Handle>(*std::move(made)));
+  }
+  Actions actions;
+  {
+    MutexLock lock(&mu_);
+    stocking_ = false;
+    ledger_.EndStock(stock.size * static_cast<int64_t>(stock.count),
+                     SizeOf(handles));
+    const bool wanted = absl::c_any_of(sessions_, [&](const auto& session) {
+      return session.second.peer.tenant == stock.tenant;
+    });
+    if (wanted) {
+      Recycle(stock.tenant, std::move(handles), actions);
+    } else {
+      actions.release = std::move(handles);
+    }
+    Arbitrate(actions);
+  }
+  Run(std::move(actions));
 }
 
 std::set<Ledger::StockKey> Core::WantedStock() {

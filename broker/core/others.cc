@@ -28,7 +28,8 @@ constexpr absl::Duration kForgotten = absl::Seconds(1);
 
 Core::Books Core::ReadBooks() {
   return {.surely = ledger_.lent() - ledger_.making() + ledger_.stock(),
-          .possibly = ledger_.lent() + ledger_.stock() + ledger_.releasing(),
+          .possibly = ledger_.lent() + ledger_.stock() + ledger_.stocking() +
+                      ledger_.releasing(),
           .ever_charged = ledger_.ever_charged(),
           .ever_taken = ledger_.ever_taken()};
 }

@@ -11,7 +11,7 @@ HistoryEvent* Core::Record(HistoryEvent::Kind kind, Actions& actions) {
   event.at = Now();
   event.lent = ledger_.lent();
   event.credit = ledger_.credit();
-  event.stock = ledger_.stock();
+  event.stock = ledger_.stock() + ledger_.stocking();
   event.releasing = ledger_.releasing();
   return &event;
 }

@@ -255,6 +255,18 @@ void Ledger::DropCredit(LedgerInstance& instance, Bytes bytes) {
   credit_ -= bytes;
 }
 
+void Ledger::BeginStock(Bytes bytes) {
+  KVB_CHECK(bytes <= free());
+  stocking_ += bytes;
+  ever_charged_ += bytes;
+}
+
+void Ledger::EndStock(Bytes bytes, Bytes made) {
+  KVB_CHECK(made <= bytes && bytes <= stocking_);
+  stocking_ -= bytes;
+  releasing_ += made;
+}
+
 void Ledger::AddStock(const std::string& tenant, std::vector<HandleRef> handles,
                       absl::Time now) {
   for (HandleRef& handle : handles) {
@@ -314,6 +326,11 @@ void Ledger::CountTrimmed(const std::vector<HandleRef>& trimmed) {
   stocked_handles_ -= trimmed.size();
   std::erase_if(stocked_,
                 [](const auto& entry) { return entry.second.empty(); });
+}
+
+size_t Ledger::stocked_handles(const StockKey& key) const {
+  auto it = stocked_.find(key);
+  return it == stocked_.end() ? 0 : it->second.size();
 }
 
 std::set<Ledger::StockKey> Ledger::StockKeys() const {

@@ -19,9 +19,9 @@
 // Bytes: a page counts from Charge to Remove. What Remove or TrimStock takes
 // out still counts, as `releasing`, until EndRelease says that the driver has
 // it back. `others` is what of the capacity is not to be lent at present, since
-// others use the device, too. capacity + overdrawn = free + lent + stock +
-// releasing + credit + others, always; free or overdrawn is 0, and only adopting
-// and others overdraw.
+// others use the device, too. `stocking` is being made for the stock. capacity +
+// overdrawn = free + lent + stock + stocking + releasing + credit + others,
+// always; free or overdrawn is 0, and only adopting and others overdraw.
 //
 // REQUIRES on the verbs are the core's duty (it has checked the peer's words);
 // breaking one is a CHECK failure.
@@ -171,6 +171,10 @@ class Ledger {
 
   // ---- stock and release ----
 
+  // So much is about to be made for the stock. REQUIRES: it is free.
+  void BeginStock(Bytes bytes);
+  // Of that, so much was made: it is releasing until AddStock.
+  void EndStock(Bytes bytes, Bytes made);
   // Handles (releasing) wait for a claim of the same tenant and size.
   // REQUIRES: `now` is not before that of an earlier call.
   void AddStock(const std::string& tenant, std::vector<HandleRef> handles,
@@ -200,11 +204,15 @@ class Ledger {
   Bytes lent() const { return lent_; }
   // Of `lent`, pages that are being made.
   Bytes making() const { return making_; }
-  // Sums since the beginning: charged and adopted; taken out of pages and stock.
+  // Sums since the beginning: charged, adopted and begun for the stock; taken out
+  // of pages and stock.
   Bytes ever_charged() const { return ever_charged_; }
   Bytes ever_taken() const { return ever_taken_; }
   Bytes stock() const { return stock_; }
+  Bytes stocking() const { return stocking_; }
   size_t stocked_handles() const { return stocked_handles_; }
+  // Of this tenant and size.
+  size_t stocked_handles(const StockKey& key) const;
   // Of what tenants and sizes there is some.
   std::set<StockKey> StockKeys() const;
   // When the stock's oldest was added; infinite future where there is none.
@@ -244,11 +252,11 @@ class Ledger {
   void Count(LedgerPool& pool, Bytes delta);
   void CountAdopted(LedgerPool& pool, Bytes delta);
   Bytes spoken_for() const {
-    return lent_ + stock_ + releasing_ + credit_ + others_;
+    return lent_ + stock_ + stocking_ + releasing_ + credit_ + others_;
   }
 
   const Bytes capacity_;
-  Bytes lent_, stock_, releasing_, credit_, others_;
+  Bytes lent_, stock_, stocking_, releasing_, credit_, others_;
   Bytes adopted_, making_;  // of lent_
   Bytes ever_charged_, ever_taken_;
   Instances instances_;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <tuple>
 
 #include "absl/strings/str_cat.h"
@@ -35,9 +36,12 @@ class Collector {
   }
 
   bool satisfied() const { return need_ <= Bytes(0); }
+  // From now on so much more is needed than is satisfied.
+  void NeedMore(Bytes more) { need_ = std::max(need_, Bytes(0)) + more; }
   // Not more than so much from now on, beside what was collected.
   void LowerNeed(Bytes need) { need_ = std::min(need_, need); }
   Bytes need() const { return need_; }
+  const std::vector<Take>& takes() const& { return takes_; }
   std::vector<Take> takes() && { return std::move(takes_); }
 
   enum Source { kSettled, kFresh, kCached, kAny };
@@ -50,25 +54,35 @@ class Collector {
                 bool may_cross) {
     const size_t instance = snapshot_.pools[pool_index].instance;
     TakeAbove(pool_index, source, tier, floor, may_cross,
-              snapshot_.instances[instance].min);
+              snapshot_.instances[instance].min, kAllPages);
+  }
+
+  // Idle pages for a claimant that has use for them soon, so many at most. Says
+  // how many.
+  PageCount TakeAhead(size_t pool_index, Source source, PageCount most) {
+    const size_t instance = snapshot_.pools[pool_index].instance;
+    return TakeAbove(pool_index, source, Tier::kIdle, Bytes(0), false,
+                     snapshot_.instances[instance].min, most);
   }
 
   // The same for pages that an instance gives for its own sake: within one
   // instance nothing is guaranteed against itself.
   void TakeOwn(size_t pool_index, Source source, Tier tier) {
-    TakeAbove(pool_index, source, tier, Bytes(0), false, Bytes(0));
+    TakeAbove(pool_index, source, tier, Bytes(0), false, Bytes(0), kAllPages);
   }
 
  private:
+  static constexpr PageCount kAllPages = std::numeric_limits<PageCount>::max();
+
   struct Left {
     PageCount count[4];
   };
 
-  void TakeAbove(size_t pool_index, Source source, Tier tier, Bytes floor,
-                 bool may_cross, Bytes min) {
-    if (satisfied()) return;
+  PageCount TakeAbove(size_t pool_index, Source source, Tier tier, Bytes floor,
+                      bool may_cross, Bytes min, PageCount most) {
+    if (satisfied()) return 0;
     const PoolView& pool = snapshot_.pools[pool_index];
-    if (!pool.answers) return;
+    if (!pool.answers) return 0;
     Left& left = left_[pool_index];
     PageCount available = std::min(left.count[source], left.count[kAny]);
 
@@ -79,14 +93,15 @@ class Collector {
     Bytes above_min = held_[pool.instance] - min;
     PageCount by_min = above_min <= Bytes(0) ? 0 : above_min / pool.page_bytes;
     PageCount pages = std::min(
-        {available, by_floor, by_min, CeilDivide(need_, pool.page_bytes)});
-    if (pages <= 0) return;
+        {available, by_floor, by_min, CeilDivide(need_, pool.page_bytes), most});
+    if (pages <= 0) return 0;
 
     left.count[source] -= pages;
     if (source != kAny) left.count[kAny] -= pages;
     held_[pool.instance] -= pool.page_bytes * pages;
     need_ -= pool.page_bytes * pages;
     takes_.push_back({pool_index, tier, pages});
+    return pages;
   }
 
   const PolicySnapshot& snapshot_;
@@ -141,6 +156,38 @@ void TakeOthersIdle(const PolicySnapshot& snapshot, const ClaimView& claim,
                            down_to_share ? owner.share : owner.min,
                            /*may_cross=*/down_to_share);
       }
+    }
+  }
+}
+
+// Idle pages for what a claimant wants beside what it needs: from those who have
+// more of them than it has then, so that nobody's are taken to and fro.
+void TakeIdleAhead(const PolicySnapshot& snapshot, const ClaimView& claim,
+                   Bytes more, Collector& collector) {
+  std::vector<Bytes> idle(snapshot.instances.size());
+  for (const PoolView& pool : snapshot.pools) {
+    idle[pool.instance] += pool.page_bytes * pool.idle;
+  }
+  for (const Take& take : collector.takes()) {
+    const PoolView& giver = snapshot.pools[take.pool];
+    if (take.tier == Tier::kIdle) {
+      idle[giver.instance] -= giver.page_bytes * take.pages;
+    }
+  }
+  collector.NeedMore(more);
+  std::vector<size_t> oldest_first = PoolsBy(snapshot, [&](size_t i) {
+    return std::tuple(-snapshot.pools[i].oldest_idle, i);
+  });
+  for (auto source : {Collector::kSettled, Collector::kFresh}) {
+    for (size_t i : oldest_first) {
+      if (IsOwn(snapshot, claim, i)) continue;
+      const PoolView& giver = snapshot.pools[i];
+      const Bytes gap = idle[giver.instance] - idle[claim.instance];
+      const PageCount even = gap / (giver.page_bytes * 2);
+      const Bytes taken =
+          giver.page_bytes * collector.TakeAhead(i, source, even);
+      idle[giver.instance] -= taken;
+      idle[claim.instance] += taken;
     }
   }
 }
@@ -293,9 +340,19 @@ Plan Decide(const PolicySnapshot& snapshot, const ClaimView& claim,
     plan.pages = pages;
     return plan;
   }
+  const PageCount want =
+      std::min(std::max(claim.want, claim.at_least), room / page);
   if (claim.urgency == Urgency::kSpeculative) {
-    return Refuse(absl::StatusCode::kUnavailable,
-                  "no free memory to map ahead with");
+    Collector collector(snapshot, Bytes(0));
+    TakeIdleAhead(snapshot, claim, page * want - snapshot.free, collector);
+    if (collector.takes().empty()) {
+      return Refuse(absl::StatusCode::kUnavailable,
+                    "no memory to map ahead with");
+    }
+    Plan plan;
+    plan.takes = std::move(collector).takes();
+    plan.reason = "others have more idle pages";
+    return plan;
   }
 
   const int rank = Rank(snapshot, claim);
@@ -306,10 +363,11 @@ Plan Decide(const PolicySnapshot& snapshot, const ClaimView& claim,
   TakeOwnIdle(snapshot, claim, collector);
   TakeOthersIdle(snapshot, claim, collector);
   TakeCached(snapshot, claim, entitled, collector);
+  const bool cheap = collector.satisfied();
   Plan plan;
   if (on_its_way) {
     plan.reason = "memory is on its way back to the device";
-  } else if (collector.satisfied()) {
+  } else if (cheap) {
     plan.reason = "others give idle or cached pages";
   } else if (!entitled) {
     plan.reason =
@@ -330,6 +388,10 @@ Plan Decide(const PolicySnapshot& snapshot, const ClaimView& claim,
         std::min(snapshot.coming, page * claim.at_least - plan.reserve);
   } else {
     plan.recheck = config.patience - claim.age;
+  }
+  // Whoever is asked anyway is asked once.
+  if (cheap && !on_its_way && want > claim.at_least) {
+    TakeIdleAhead(snapshot, claim, page * (want - claim.at_least), collector);
   }
   plan.takes = std::move(collector).takes();
   return plan;

@@ -17,6 +17,10 @@
 //                 come back as their requests end
 //   5 preempt     the same, but their requests are preempted and recomputed
 //
+// What a claim wants beside what it needs, and all that a speculative one wants,
+// comes from free memory, and from idle pages of those who have more of them than
+// the claimant has then.
+//
 // 2 and 3 serve any claim; 4 and 5 only a claim that leaves its instance within
 // its share ("entitled"): 4 at once, 5 after `patience`, or at once where it
 // leaves it within its `min`. A holder is never pushed below its `min`; it may
@@ -54,7 +58,8 @@ struct Plan {
   Verdict verdict = Verdict::kWait;
   // kGrant: pages to lend, at_least <= pages <= want.
   PageCount pages = 0;
-  // kWait: what to ask for meanwhile. Bytes of free memory, and of what is
+  // kWait: what to ask for meanwhile; a speculative claim that nobody is asked
+  // for does not wait. Bytes of free memory, and of what is
   // coming, kept for this claim.
   std::vector<Take> takes;
   Bytes reserve;

@@ -330,13 +330,56 @@ TEST(Decide, HeldOffInstanceStillHasItsMin) {
 
 // ---- decisions: tier by tier -----------------------------------------------
 
-TEST(Decide, SpeculativeClaimNeverTakesFromAnybody) {
-  Scene scene(10, {{}, {.held = 10, .idle = 10}});
+TEST(Decide, SpeculativeClaimTakesNothingThatIsOfUse) {
+  Scene scene(10, {{}, {.held = 10, .cached = 6}});
   ClaimView claim = scene.Claim(0, 1);
   claim.urgency = Urgency::kSpeculative;
   Plan plan = scene.Decide(claim);
   EXPECT_EQ(plan.verdict, Verdict::kRefuse);
   EXPECT_EQ(plan.code, absl::StatusCode::kUnavailable);
+}
+
+TEST(Decide, SpeculativeClaimTakesIdlePagesUntilBothHaveAsMany) {
+  Scene scene(12, {{.held = 2, .idle = 2}, {.held = 10, .idle = 8}});
+  ClaimView claim = scene.Claim(0, 1, 9);
+  claim.urgency = Urgency::kSpeculative;
+  Plan plan = scene.Decide(claim);
+  EXPECT_EQ(plan.verdict, Verdict::kWait);
+  EXPECT_EQ(plan.takes, (Takes{{1, Tier::kIdle, 3}}));
+  EXPECT_EQ(plan.reserve, Bytes(0)) << "free memory is for those who need it";
+}
+
+TEST(Decide, SpeculativeClaimIsRefusedWhereOthersHaveNoMoreThanItself) {
+  Scene scene(10, {{.held = 4, .idle = 4}, {.held = 6, .idle = 5}});
+  ClaimView claim = scene.Claim(0, 1, 4);
+  claim.urgency = Urgency::kSpeculative;
+  EXPECT_EQ(scene.Decide(claim).verdict, Verdict::kRefuse);
+}
+
+TEST(Decide, WhoIsAskedAnywayIsAskedForWhatIsWantedAsWell) {
+  Scene scene(10, {{.held = 2}, {.held = 8, .idle = 7}});
+  EXPECT_EQ(scene.Decide(scene.Claim(0, 1, 3)).takes,
+            (Takes{{1, Tier::kIdle, 1}, {1, Tier::kIdle, 2}}));
+  // One is needed; of the six that are left, each has three then.
+  EXPECT_EQ(scene.Decide(scene.Claim(0, 1, 9)).takes,
+            (Takes{{1, Tier::kIdle, 1}, {1, Tier::kIdle, 3}}));
+}
+
+TEST(Decide, WhatIsWantedPushesNobodyBelowItsMinAndTheClaimantAboveItsMax) {
+  Scene scene(10, {{.held = 2}, {.held = 8, .idle = 8, .min = 6}});
+  EXPECT_EQ(scene.Decide(scene.Claim(0, 1, 9)).takes,
+            (Takes{{1, Tier::kIdle, 1}, {1, Tier::kIdle, 1}}));
+  Scene limited(10, {{.held = 2, .max = 4}, {.held = 8, .idle = 8}});
+  EXPECT_EQ(limited.Decide(limited.Claim(0, 1, 9)).takes,
+            (Takes{{1, Tier::kIdle, 1}, {1, Tier::kIdle, 1}}));
+}
+
+TEST(Decide, WhereIdlePagesDoNotSufficeNothingIsTakenAhead) {
+  Scene scene(10, {{}, {.held = 10, .idle = 2, .cached = 2}});
+  Plan plan = scene.Decide(scene.Claim(0, 5, 9));
+  PageCount asked = 0;
+  for (const Take& take : plan.takes) asked += take.pages;
+  EXPECT_EQ(asked, 5);
 }
 
 TEST(Decide, SpeculativeClaimGetsFreeMemory) {
@@ -1000,7 +1043,13 @@ TEST_P(RandomSnapshots, EveryPlanKeepsItsPromises) {
           ASSERT_TRUE(plan.takes.empty());
           break;
         case Verdict::kWait:
-          ASSERT_NE(claim.urgency, Urgency::kSpeculative);
+          if (claim.urgency == Urgency::kSpeculative) {
+            ASSERT_FALSE(plan.takes.empty());
+            for (const Take& take : plan.takes) {
+              ASSERT_EQ(take.tier, Tier::kIdle);
+              ASSERT_NE(original.pools[take.pool].instance, claim.instance);
+            }
+          }
           ASSERT_FALSE(plan.reason.empty());
           ASSERT_LE(plan.reserve, snapshot.free);
           ASSERT_LE(plan.awaited, snapshot.coming);

@@ -11,13 +11,18 @@
 namespace kvbroker::client {
 namespace {
 
-// A wish that no try has renewed for so long has nobody behind it.
 // What the broker takes in one Acquire.
 constexpr PageCount kMaxPagesPerClaim = 65536;
+// A wish that no try has renewed for so long has nobody behind it.
 constexpr absl::Duration kWishLife = absl::Seconds(1);
 // How soon a refused wish asks again.
 constexpr absl::Duration kAskAgain = absl::Milliseconds(50);
-constexpr absl::Duration kAheadPause = absl::Milliseconds(250);
+// Mapping ahead: how long others may take to give, and how soon it is tried
+// again after a refusal.
+constexpr absl::Duration kAheadDeadline = absl::Milliseconds(100);
+constexpr absl::Duration kAheadPause = absl::Milliseconds(50);
+// The batch grows while one follows the other within this.
+constexpr absl::Duration kAheadCalm = absl::Milliseconds(100);
 constexpr PageCount kMaxAheadBatch = 32;
 // How long pages that came for a wish are kept for its next try.
 constexpr absl::Duration kGuard = absl::Milliseconds(100);
@@ -87,6 +92,7 @@ bool Pool::Alloc(absl::Span<BlockId> out, Urgency urgency) {
     wished.pages = missing;
     wished.blocks = out.size();
     wished.renewed_at = now;
+    if (changed && running) Pursue(urgency, now);
     if (changed) session_.Wake();
     if (!connected_ || closed_ || now >= *give_up) {
       if (running) {
@@ -396,6 +402,8 @@ void Pool::OnGranted(const Granted& granted,
     }
     table_.SetNow(clock_.Now());
     KVB_CHECK(table_.Back(name.index, name.generation).ok());
+    // It may be enough.
+    if (missing_ > 0) memory_came_.SignalAll();
   }
   const bool for_a_wish = question->urgency != Urgency::kSpeculative;
   {
@@ -404,10 +412,11 @@ void Pool::OnGranted(const Granted& granted,
     PageCount came =
         static_cast<PageCount>(granted.pages.size() - mapped.failed.size());
     if (for_a_wish) {
-      guarded_ = guarded_pages(now) + came;
-      guarded_until_ = now + kGuard;
       Wish& wished = wish(question->urgency);
+      guarded_ = guarded_pages(now) + std::min(came, wished.pages);
+      guarded_until_ = now + kGuard;
       wished.pages = std::max<PageCount>(wished.pages - came, 0);
+      if (came > 0) ahead_after_ = absl::InfinitePast();
       if (question->cancelled) wished.retry_at = absl::InfinitePast();
       if (!mapped.failed.empty()) wished.retry_at = now + kAskAgain;
     } else if (!mapped.failed.empty()) {
@@ -449,7 +458,7 @@ void Pool::OnRefused(const Refused& refused) {
   const absl::Time now = clock_.Now();
   if (question.urgency == Urgency::kSpeculative) {
     ahead_after_ = now + kAheadPause;
-    ahead_batch_ = 1;
+    ahead_batch_ = 0;
   } else if (!question.credit) {
     // A cancelled one leaves slots that the next may have been short of.
     wish(question.urgency).retry_at =
@@ -694,7 +703,7 @@ void Pool::Ask(Urgency urgency, PageCount want, PageCount at_least,
   acquire.at_least = at_least;
   acquire.indexes = question.pages;
   acquire.urgency = urgency;
-  acquire.deadline = urgency == Urgency::kSpeculative ? absl::ZeroDuration()
+  acquire.deadline = urgency == Urgency::kSpeculative ? kAheadDeadline
                                                       : options_.claim_deadline;
   acquire.replaces = replaces;
   if (urgency != Urgency::kSpeculative) {
@@ -706,32 +715,53 @@ void Pool::Ask(Urgency urgency, PageCount want, PageCount at_least,
 
 absl::Time Pool::PursueWishes(absl::Time now) {
   MutexLock lock(&mu_);
+  return std::min(Pursue(Urgency::kRunning, now),
+                  Pursue(Urgency::kWaiting, now));
+}
+
+absl::Time Pool::Pursue(Urgency urgency, absl::Time now) {
   absl::Time due = absl::InfiniteFuture();
-  for (Urgency urgency : {Urgency::kRunning, Urgency::kWaiting}) {
-    Wish& wished = wish(urgency);
-    if (wished.pages > 0 && now - wished.renewed_at >= kWishLife) {
-      wished.pages = 0;
+  Wish& wished = wish(urgency);
+  if (wished.pages > 0 && now - wished.renewed_at >= kWishLife) {
+    wished.pages = 0;
+  }
+  if (wished.pages > 0) due = wished.renewed_at + kWishLife;
+  if (!connected_) return due;
+  const PageCount needed = std::max<PageCount>(wished.pages - arriving_, 0);
+  Question* question = QuestionOf(urgency);
+  if (question != nullptr && needed != question->at_least) {
+    question->cancelled = true;
+    Sequence old = question->sequence;
+    if (needed == 0) {
+      session_.Send(Cancel{old});
+    } else {
+      Ask(urgency, needed + DrawAhead(now), needed, old);
     }
-    if (wished.pages > 0) {
-      due = std::min(due, wished.renewed_at + kWishLife);
+  } else if (question == nullptr && needed > 0) {
+    if (now >= wished.retry_at) {
+      Ask(urgency, needed + DrawAhead(now), needed, Sequence());
     }
-    if (!connected_) continue;
-    const PageCount needed = std::max<PageCount>(wished.pages - arriving_, 0);
-    Question* question = QuestionOf(urgency);
-    if (question != nullptr && needed != question->at_least) {
-      question->cancelled = true;
-      Sequence old = question->sequence;
-      if (needed == 0) {
-        session_.Send(Cancel{old});
-      } else {
-        Ask(urgency, needed, needed, old);
-      }
-    } else if (question == nullptr && needed > 0) {
-      if (now >= wished.retry_at) Ask(urgency, needed, needed, Sequence());
-      if (now < wished.retry_at) due = std::min(due, wished.retry_at);
-    }
+    if (now < wished.retry_at) due = std::min(due, wished.retry_at);
   }
   return due;
+}
+
+PageCount Pool::DrawAhead(absl::Time now) {
+  const PageCount idle = idle_pages() + arriving_;
+  if (!options_.map_ahead || order_ || idle >= options_.min_reserved_pages ||
+      QuestionOf(Urgency::kSpeculative) != nullptr ||
+      // What is set aside is for what it was counted for.
+      (credit_ > 0 && now < credit_until_)) {
+    return 0;
+  }
+  if (now >= ahead_asked_at_ + kAheadCalm) ahead_batch_ = 0;
+  PageCount ahead = std::max(options_.min_reserved_pages - idle, ahead_batch_);
+  ahead_asked_at_ = now;
+  ahead_batch_ = std::min(ahead * 2, kMaxAheadBatch);
+  if (options_.max_reserved_pages) {
+    ahead = std::min(ahead, *options_.max_reserved_pages - idle);
+  }
+  return std::max<PageCount>(ahead, 0);
 }
 
 absl::Time Pool::MapAhead(absl::Time now) {
@@ -739,26 +769,20 @@ absl::Time Pool::MapAhead(absl::Time now) {
   if (!options_.map_ahead || !connected_ || order_ || !took_blocks_) {
     return absl::InfiniteFuture();
   }
-  const PageCount short_by =
-      options_.min_reserved_pages - idle_pages() - arriving_;
-  if (short_by <= 0) {
+  if (idle_pages() + arriving_ >= options_.min_reserved_pages) {
     ahead_told_ = false;
     took_blocks_ = false;
-    ahead_batch_ = 1;
     return absl::InfiniteFuture();
   }
-  if (QuestionOf(Urgency::kSpeculative) != nullptr) {
-    return absl::InfiniteFuture();
+  // Those on their way to a wish bring their own.
+  for (const Question& question : questions_) {
+    if (!question.credit && !question.cancelled) return absl::InfiniteFuture();
   }
   if (now < ahead_after_) return ahead_after_;
   took_blocks_ = false;
   ahead_told_ = false;
-  PageCount want = std::max(short_by, ahead_batch_);
-  if (options_.max_reserved_pages) {
-    want = std::min(want, *options_.max_reserved_pages - idle_pages());
-  }
-  Ask(Urgency::kSpeculative, want, 1, Sequence());
-  ahead_batch_ = std::min(ahead_batch_ * 2, kMaxAheadBatch);
+  const PageCount want = DrawAhead(now);
+  if (want > 0) Ask(Urgency::kSpeculative, want, 1, Sequence());
   return absl::InfiniteFuture();
 }
 

@@ -6,11 +6,11 @@
 //   pool.StepDone(step);                      // its output is back
 //   RETURN_IF_ERROR(pool.Free(blocks));
 //
-// The engine's calls never talk to the broker: Alloc and Free do no RPC and
-// allocate nothing while mapped pages last. A miss leaves a *wish*, which the
-// session's worker turns into an Acquire; it also maps what is granted, answers
-// reclaims without the engine's help, maps ahead while demand rises, returns
-// what has been idle for long, and reports.
+// The engine's calls do not wait for the broker while mapped pages last: Alloc and
+// Free do no RPC then and allocate nothing. A miss leaves a *wish*, which becomes
+// an Acquire: at once where the engine waits for it, else by the session's worker.
+// That maps what is granted, answers reclaims without the engine's help, maps
+// ahead while demand rises, returns what has been idle for long, and reports.
 //
 // A wish, one an urgency:
 //
@@ -205,6 +205,12 @@ class Pool {
   void Ask(Urgency urgency, PageCount want, PageCount at_least,
            Sequence replaces) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
+  // Sends and withdraws questions for a wish; says when to call again.
+  absl::Time Pursue(Urgency urgency, absl::Time now)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // How many pages to ask for beside those that are needed; each time more.
+  PageCount DrawAhead(absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+
   // Each does one of Work's duties and says when it is due next.
   absl::Time ObeyOrder(absl::Time now) ABSL_LOCKS_EXCLUDED(mu_);
   absl::Time Decay(absl::Time now) ABSL_LOCKS_EXCLUDED(mu_);
@@ -249,7 +255,8 @@ class Pool {
   // worker has been told, the batch, and the pause after a refusal.
   bool took_blocks_ ABSL_GUARDED_BY(mu_) = false;
   bool ahead_told_ ABSL_GUARDED_BY(mu_) = false;
-  PageCount ahead_batch_ ABSL_GUARDED_BY(mu_) = 1;
+  PageCount ahead_batch_ ABSL_GUARDED_BY(mu_) = 0;
+  absl::Time ahead_asked_at_ ABSL_GUARDED_BY(mu_) = absl::InfinitePast();
   absl::Time ahead_after_ ABSL_GUARDED_BY(mu_) = absl::InfinitePast();
 
   std::optional<Reclaim> order_ ABSL_GUARDED_BY(mu_);  // in force

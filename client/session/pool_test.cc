@@ -99,11 +99,11 @@ class PoolTest : public ::testing::Test {
     pool_->OnRefused(refused);
   }
 
-  // Asks for so many pages, gets them and takes all of their blocks.
+  // Asks for so many pages, gets them and no more, and takes all their blocks.
   std::vector<BlockId> Fill(size_t pages) {
     EXPECT_FALSE(Alloc(pages * kBlocksPerPage));
     pool_->Work();
-    Grant(session_.TakeOnly<Acquire>());
+    Grant(session_.TakeOnly<Acquire>(), pages);
     auto blocks = Alloc(pages * kBlocksPerPage);
     EXPECT_TRUE(blocks);
     Settle();
@@ -541,7 +541,7 @@ TEST_F(PoolTest, MapAheadKeepsTheReserve) {
   EXPECT_EQ(ahead.urgency, Urgency::kSpeculative);
   EXPECT_EQ(ahead.want, 2);
   EXPECT_EQ(ahead.at_least, 1);
-  EXPECT_EQ(ahead.deadline, absl::ZeroDuration());
+  EXPECT_EQ(ahead.deadline, absl::Milliseconds(100));
   Grant(ahead);
   Settle();
   EXPECT_EQ(pool_->usage().idle, kPage * 2);
@@ -553,14 +553,92 @@ TEST_F(PoolTest, MapAheadKeepsTheReserve) {
   EXPECT_GE(session_.TakeOnly<Acquire>().want, 1);
 }
 
-TEST_F(PoolTest, MapAheadPausesAfterARefusal) {
+TEST_F(PoolTest, AWishBringsTheReserveAlong) {
   Make(AheadOptions());
-  Fill(1);
-  Refuse(session_.TakeOnly<Acquire>());
-  pool_->Work();
   EXPECT_FALSE(Alloc(4));
   pool_->Work();
-  Grant(session_.TakeOnly<Acquire>());
+  Acquire asked = session_.TakeOnly<Acquire>();
+  EXPECT_EQ(asked.urgency, Urgency::kWaiting);
+  EXPECT_EQ(asked.at_least, 1);
+  EXPECT_EQ(asked.want, 3);
+  Grant(asked);
+  EXPECT_TRUE(Alloc(4));
+  pool_->Work();
+  EXPECT_THAT(session_.Take<Acquire>(), IsEmpty());
+  EXPECT_EQ(pool_->usage().idle, kPage * 2);
+}
+
+TEST_F(PoolTest, WhileDemandGoesOnEachTimeMoreIsMappedAhead) {
+  Make(AheadOptions());
+  // Pages asked for as the engine takes one.
+  auto take = [&] {
+    std::vector<PageCount> asked_for;
+    Alloc(4);
+    pool_->Work();
+    for (const Acquire& asked : session_.Take<Acquire>()) {
+      asked_for.push_back(asked.want);
+      Grant(asked);
+    }
+    return asked_for;
+  };
+  EXPECT_THAT(take(), ElementsAre(3)) << "the miss, and the reserve";
+  EXPECT_THAT(take(), IsEmpty());
+  EXPECT_THAT(take(), ElementsAre(4));
+  for (int i = 0; i < 3; ++i) EXPECT_THAT(take(), IsEmpty());
+  // Once it was calm it begins anew.
+  clock_.Advance(absl::Milliseconds(100));
+  EXPECT_THAT(take(), ElementsAre(1));
+}
+
+TEST_F(PoolTest, ARunningMissAsksAtOnce) {
+  PoolOptions options = QuietOptions();
+  options.running_miss_wait = absl::Hours(1);
+  Make(options);
+  StartAlloc(4);
+  EXPECT_EQ(session_.Await<Acquire>().urgency, Urgency::kRunning)
+      << "without the worker";
+  pool_->OnDisconnected(absl::UnavailableError("gone"));
+  EXPECT_FALSE(FinishAlloc());
+}
+
+TEST_F(PoolTest, WhatIsNeededIsTakenBeforeTheRestIsMapped) {
+  PoolOptions options = AheadOptions();
+  options.running_miss_wait = absl::Hours(1);
+  Make(options);
+  StartAlloc(4);
+  Acquire asked = session_.Await<Acquire>();
+  ASSERT_EQ(asked.want, 3);
+  bool in_time = false;
+  int mapped = 0;
+  mapper_->on_map = [&] {
+    // The engine has the first while the second is mapped.
+    if (++mapped == 2) in_time = FinishAlloc();
+  };
+  Grant(asked);
+  mapper_->on_map = nullptr;
+  EXPECT_TRUE(in_time);
+  EXPECT_EQ(mapper_->mapped(), 3u);
+}
+
+// What is set aside is for what it was counted for.
+TEST_F(CreditTest, NothingIsMappedAheadOfIt) {
+  PoolOptions options = AheadOptions();
+  options.running_miss_wait = absl::Hours(1);
+  Make(options);
+  EXPECT_TRUE(Reserve(8, 2));
+  StartAlloc(4);
+  Acquire asked = session_.Await<Acquire>();
+  EXPECT_EQ(asked.want, 1);
+  EXPECT_EQ(pool_->available_blocks(), 4u);
+  Grant(asked);
+  EXPECT_TRUE(FinishAlloc());
+}
+
+TEST_F(PoolTest, MapAheadPausesAfterARefusal) {
+  Make(AheadOptions());
+  Fill(2);
+  Refuse(session_.TakeOnly<Acquire>());
+  ASSERT_TRUE(pool_->Free(std::vector<BlockId>{0, 1, 2, 3}).ok());
   EXPECT_TRUE(Alloc(4));
   const absl::Duration pause = WorkDueIn();
   EXPECT_THAT(session_.Take<Acquire>(), IsEmpty());
@@ -579,7 +657,9 @@ TEST_F(PoolTest, MapAheadIsOffUnderAnOrder) {
   pool_->Work();
   EXPECT_FALSE(Alloc(1));
   pool_->Work();
-  Grant(session_.TakeOnly<Acquire>());
+  Acquire asked = session_.TakeOnly<Acquire>();
+  EXPECT_EQ(asked.want, 1) << "a wish brings nothing along, either";
+  Grant(asked);
   EXPECT_TRUE(Alloc(1));
   pool_->Work();
   EXPECT_THAT(session_.Take<Acquire>(), IsEmpty());

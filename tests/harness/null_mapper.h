@@ -2,6 +2,7 @@
 #ifndef KVBROKER_TESTS_HARNESS_NULL_MAPPER_H_
 #define KVBROKER_TESTS_HARNESS_NULL_MAPPER_H_
 
+#include <functional>
 #include <set>
 #include <vector>
 
@@ -16,6 +17,7 @@ class NullMapper : public client::Mapper {
       fail_next_map_ = false;
       return absl::ResourceExhaustedError("injected");
     }
+    if (on_map) on_map();
     if (!mapped_.insert(page).second) {
       return absl::InternalError("mapped twice");
     }
@@ -29,6 +31,8 @@ class NullMapper : public client::Mapper {
 
   void FailNextMap() { fail_next_map_ = true; }
   size_t mapped() const { return mapped_.size(); }
+  // Called by each Map, if set.
+  std::function<void()> on_map;
 
  private:
   std::set<PageIndex> mapped_;

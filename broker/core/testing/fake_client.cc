@@ -70,6 +70,12 @@ class FakeClient::Listener : public SessionListener {
     MutexLock lock(&mu_);
     if (!hung_up_) lent_.erase({pool, page});
   }
+  // It has said that it has done with the order.
+  void Settled(PoolId pool, Revision revision) {
+    MutexLock lock(&mu_);
+    Reclaim& latest = orders_[pool];
+    if (latest.revision == revision) latest.hold_at_most = kHoldAny;
+  }
   // The process is gone.
   void Died() {
     MutexLock lock(&mu_);
@@ -458,6 +464,10 @@ void FakeClient::Obey(Pool& pool, bool answer) {
   message.final =
       above <= 0 || (order.tier <= Tier::kCached && on_their_way == 0);
   if (above > 0) message.reason = "in use";
+  if (message.final) {
+    listener_->Settled(pool.id, message.revision);
+    pool.order.reset();
+  }
   Send(message).IgnoreError();
 }
 
