@@ -14,7 +14,9 @@
 
 namespace kvbroker::client {
 
-// What the link tells, from its own threads; calls must queue and return.
+// What the link tells, from its own threads: never from within one of its calls,
+// and with nothing of its own locked. What is told may be acted upon at once, but
+// the link must not be destroyed from there.
 class LinkListener {
  public:
   virtual ~LinkListener() = default;

@@ -104,6 +104,10 @@ void Session::SendOpen(const Nonce& nonce,
 }
 
 void Session::Start() {
+  {
+    MutexLock lock(&mu_);
+    started_ = true;
+  }
   worker_ = std::thread([this] { WorkerLoop(); });
 }
 
@@ -220,19 +224,69 @@ void Session::Wake() {
 void Session::Queue(Event event) {
   MutexLock lock(&mu_);
   events_.push_back(std::move(event));
-  woken_ = true;
-  changed_.SignalAll();
 }
 
-void Session::OnMessage(BrokerMessage message) { Queue(std::move(message)); }
+void Session::OnMessage(BrokerMessage message) {
+  Queue(std::move(message));
+  WorkHere();
+}
 
 void Session::OnDescriptors(GrantId grant, uint32_t first_handle,
                             std::vector<UniqueFd> descriptors) {
   Queue(Descriptors{grant, first_handle, std::move(descriptors)});
+  WorkHere();
 }
 
 void Session::OnDisconnected(absl::Status why) {
   Queue(Disconnected{std::move(why)});
+  Wake();
+}
+
+bool Session::IsForAnyThread(const Event& event) {
+  if (std::holds_alternative<Descriptors>(event)) return true;
+  const auto* message = std::get_if<BrokerMessage>(&event);
+  return message != nullptr && (std::holds_alternative<Granted>(*message) ||
+                                std::holds_alternative<Refused>(*message) ||
+                                std::holds_alternative<Reclaim>(*message));
+}
+
+void Session::WorkHere() {
+  // A thread that sleeps takes longer to wake than most of this work takes.
+  if (!work_mu_.TryLock()) return Wake();
+  absl::Time due = absl::InfiniteFuture();
+  bool worked = false, left = false;
+  while (true) {
+    std::optional<Event> event;
+    {
+      MutexLock lock(&mu_);
+      left = !started_ || stop_ || closing_ || away_ ||
+             (!events_.empty() && !IsForAnyThread(events_.front()));
+      if (left || events_.empty()) break;
+      event = std::move(events_.front());
+      events_.pop_front();
+    }
+    worked = true;
+    woken_ = true;  // who wakes the worker has what it wants from here on
+    std::visit([&](auto& kind) { Process(std::move(kind)); }, *event);
+  }
+  if (worked) {
+    woken_ = false;
+    due = AskForMissing();
+    for (auto& pool : pools_) due = std::min(due, pool->Work());
+  }
+  work_mu_.Unlock();
+  {
+    MutexLock lock(&mu_);
+    WorkBy(due);
+    left |= closing_ || !events_.empty();
+  }
+  if (left) Wake();
+}
+
+void Session::WorkBy(absl::Time due) {
+  if (due >= due_) return;
+  due_ = due;
+  changed_.SignalAll();
 }
 
 void Session::WorkerLoop() {
@@ -241,23 +295,30 @@ void Session::WorkerLoop() {
       MutexLock lock(&mu_);
       working_ = true;
     }
-    absl::Time due = RunOnce();
+    // What comes up while it works is earlier.
+    {
+      MutexLock lock(&mu_);
+      due_ = absl::InfiniteFuture();
+    }
+    const absl::Time due = RunOnce();
     MutexLock lock(&mu_);
     working_ = false;
     if (closing_) changed_.SignalAll();
+    due_ = std::min(due_, due);
     while (!stop_ && !woken_.load()) {
       const absl::Time now = clock_.Now();
-      if (now >= due) break;
+      if (now >= due_) break;
       // CondVar's deadlines are wall time, the session's clock is steady.
-      changed_.WaitWithDeadline(&mu_, due == absl::InfiniteFuture()
-                                          ? due
-                                          : absl::Now() + (due - now));
+      changed_.WaitWithDeadline(&mu_, due_ == absl::InfiniteFuture()
+                                          ? due_
+                                          : absl::Now() + (due_ - now));
     }
     if (stop_) return;
   }
 }
 
 absl::Time Session::RunOnce() {
+  MutexLock work(&work_mu_);
   woken_ = false;
   while (true) {
     std::deque<Event> events;

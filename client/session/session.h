@@ -169,6 +169,13 @@ class Session : public PoolSession, public LinkListener {
   void SendOpen(const Nonce& nonce, const std::optional<Resuming>& resuming);
 
   void Queue(Event event);
+  // On a thread of the link, after Queue: does the work where nobody is at it and
+  // none of it is the worker's own; wakes the worker else.
+  void WorkHere();
+  // Whether what it leads to keeps the link.
+  static bool IsForAnyThread(const Event& event);
+  // Ends the worker's sleep at `due` at the latest.
+  void WorkBy(absl::Time due) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   bool Left() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void WorkerLoop();
   // ---- on the worker ----
@@ -207,7 +214,9 @@ class Session : public PoolSession, public LinkListener {
   Connector connect_;
   std::thread worker_;
 
-  // The worker's own.
+  // Held by whoever works; before the pools' locks.
+  Mutex work_mu_;
+  // Of whoever works.
   std::map<PoolId, Pool*> pool_by_id_;
   std::map<GrantId, Incoming> incoming_;
   std::deque<GrantId> delivered_;  // lately: what comes again is dropped
@@ -227,6 +236,8 @@ class Session : public PoolSession, public LinkListener {
   Mutex mu_;
   CondVar changed_;
   std::deque<Event> events_ ABSL_GUARDED_BY(mu_);
+  absl::Time due_ ABSL_GUARDED_BY(mu_);  // the worker sleeps until then
+  bool started_ ABSL_GUARDED_BY(mu_) = false;
   bool stop_ ABSL_GUARDED_BY(mu_) = false;
   bool closing_ ABSL_GUARDED_BY(mu_) = false;
   bool pools_left_ ABSL_GUARDED_BY(mu_) = false;

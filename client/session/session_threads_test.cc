@@ -1,6 +1,8 @@
 // Sessions with their workers, engines with threads of their own, and a core
 // that anybody calls: for ThreadSanitizer, and for what only threads show.
 #include <atomic>
+#include <deque>
+#include <functional>
 #include <memory>
 #include <random>
 #include <string>
@@ -31,8 +33,8 @@ class DirectLink : public BrokerLink {
         listener_(std::make_shared<Listener>(client)) {}
 
   ~DirectLink() override {
-    listener_->Detach();
     core_.HungUp(session());
+    listener_->Detach();
   }
 
   void Send(ClientMessage message) override {
@@ -51,31 +53,61 @@ class DirectLink : public BrokerLink {
   }
 
  private:
+  // Tells the client from a thread of its own.
   class Listener : public SessionListener {
    public:
-    explicit Listener(LinkListener& client) : client_(&client) {}
+    explicit Listener(LinkListener& client)
+        : client_(client), thread_([this] { Run(); }) {}
+    // Nothing is told after it.
     void Detach() {
-      MutexLock lock(&mu_);
-      client_ = nullptr;
+      {
+        MutexLock lock(&mu_);
+        detached_ = true;
+        changed_.SignalAll();
+      }
+      thread_.join();
     }
     void Tell(BrokerMessage message) override {
-      MutexLock lock(&mu_);
-      if (client_ != nullptr) client_->OnMessage(std::move(message));
+      Queue([this, message] { client_.OnMessage(message); });
     }
     void SendDescriptors(GrantId grant, uint32_t first_handle,
                          std::vector<UniqueFd> descriptors) override {
-      MutexLock lock(&mu_);
-      if (client_ == nullptr) return;
-      client_->OnDescriptors(grant, first_handle, std::move(descriptors));
+      auto shared =
+          std::make_shared<std::vector<UniqueFd>>(std::move(descriptors));
+      Queue([this, grant, first_handle, shared] {
+        client_.OnDescriptors(grant, first_handle, std::move(*shared));
+      });
     }
     void Close(const absl::Status& reason) override {
-      MutexLock lock(&mu_);
-      if (client_ != nullptr) client_->OnDisconnected(reason);
+      Queue([this, reason] { client_.OnDisconnected(reason); });
     }
 
    private:
+    void Queue(std::function<void()> tell) {
+      MutexLock lock(&mu_);
+      queue_.push_back(std::move(tell));
+      changed_.SignalAll();
+    }
+    void Run() {
+      while (true) {
+        std::function<void()> tell;
+        {
+          MutexLock lock(&mu_);
+          while (queue_.empty() && !detached_) changed_.Wait(&mu_);
+          if (detached_) return;
+          tell = std::move(queue_.front());
+          queue_.pop_front();
+        }
+        tell();
+      }
+    }
+
+    LinkListener& client_;
     Mutex mu_;
-    LinkListener* client_ ABSL_GUARDED_BY(mu_);
+    CondVar changed_;
+    std::deque<std::function<void()>> queue_ ABSL_GUARDED_BY(mu_);
+    bool detached_ ABSL_GUARDED_BY(mu_) = false;
+    std::thread thread_;  // the last: it uses the others
   };
 
   SessionId session() const { return SessionId(session_.load()); }
