@@ -59,7 +59,8 @@ Pool::Pool(PoolOptions options, BlockTable table,
       clock_(clock),
       blocks_per_page_(static_cast<size_t>(options_.geometry.page_bytes() /
                                            options_.block_bytes)),
-      table_(std::move(table)) {
+      table_(std::move(table)),
+      ahead_below_(options_.min_reserved_pages) {
   why_not_ = absl::UnavailableError("not connected to a broker yet");
 }
 
@@ -297,7 +298,7 @@ void Pool::Changed() {
     wake |= dirty_;
   }
   if (took_blocks_ && !ahead_told_ && options_.map_ahead &&
-      idle_pages() + arriving_ < options_.min_reserved_pages) {
+      idle_pages() + arriving_ < ahead_below_) {
     ahead_told_ = true;
     wake = true;
   }
@@ -402,8 +403,9 @@ void Pool::OnGranted(const Granted& granted,
     }
     table_.SetNow(clock_.Now());
     KVB_CHECK(table_.Back(name.index, name.generation).ok());
-    // It may be enough.
+    // It may be enough; and while the rest is mapped, the broker makes more.
     if (missing_ > 0) memory_came_.SignalAll();
+    AskAhead(clock_.Now());
   }
   const bool for_a_wish = question->urgency != Urgency::kSpeculative;
   {
@@ -459,6 +461,7 @@ void Pool::OnRefused(const Refused& refused) {
   if (question.urgency == Urgency::kSpeculative) {
     ahead_after_ = now + kAheadPause;
     ahead_batch_ = 0;
+    ahead_below_ = options_.min_reserved_pages;
   } else if (!question.credit) {
     // A cancelled one leaves slots that the next may have been short of.
     wish(question.urgency).retry_at =
@@ -748,7 +751,7 @@ absl::Time Pool::Pursue(Urgency urgency, absl::Time now) {
 
 PageCount Pool::DrawAhead(absl::Time now) {
   const PageCount idle = idle_pages() + arriving_;
-  if (!options_.map_ahead || order_ || idle >= options_.min_reserved_pages ||
+  if (!options_.map_ahead || order_ || idle >= ahead_below_ ||
       QuestionOf(Urgency::kSpeculative) != nullptr ||
       // What is set aside is for what it was counted for.
       (credit_ > 0 && now < credit_until_)) {
@@ -758,7 +761,10 @@ PageCount Pool::DrawAhead(absl::Time now) {
   PageCount ahead = std::max(options_.min_reserved_pages - idle, ahead_batch_);
   ahead_asked_at_ = now;
   ahead_batch_ = std::min(ahead * 2, kMaxAheadBatch);
+  // The next come while these are mapped and used.
+  ahead_below_ = std::max(options_.min_reserved_pages, ahead_batch_ / 2);
   if (options_.max_reserved_pages) {
+    ahead_below_ = std::min(ahead_below_, *options_.max_reserved_pages);
     ahead = std::min(ahead, *options_.max_reserved_pages - idle);
   }
   return std::max<PageCount>(ahead, 0);
@@ -766,10 +772,18 @@ PageCount Pool::DrawAhead(absl::Time now) {
 
 absl::Time Pool::MapAhead(absl::Time now) {
   MutexLock lock(&mu_);
+  return AskAhead(now);
+}
+
+absl::Time Pool::AskAhead(absl::Time now) {
   if (!options_.map_ahead || !connected_ || order_ || !took_blocks_) {
     return absl::InfiniteFuture();
   }
-  if (idle_pages() + arriving_ >= options_.min_reserved_pages) {
+  if (now >= ahead_asked_at_ + kAheadCalm) {
+    ahead_batch_ = 0;
+    ahead_below_ = options_.min_reserved_pages;
+  }
+  if (idle_pages() + arriving_ >= ahead_below_) {
     ahead_told_ = false;
     took_blocks_ = false;
     return absl::InfiniteFuture();

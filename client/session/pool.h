@@ -208,6 +208,8 @@ class Pool {
   // Sends and withdraws questions for a wish; says when to call again.
   absl::Time Pursue(Urgency urgency, absl::Time now)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Asks for pages ahead of need where it is time to; says when to call again.
+  absl::Time AskAhead(absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // How many pages to ask for beside those that are needed; each time more.
   PageCount DrawAhead(absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
@@ -252,10 +254,12 @@ class Pool {
   absl::Time guarded_until_ ABSL_GUARDED_BY(mu_) = absl::InfinitePast();
 
   // Map ahead: whether the engine took blocks since the last time, whether the
-  // worker has been told, the batch, and the pause after a refusal.
+  // worker has been told, the next batch, when it is asked for, when the last
+  // was, and the pause after a refusal.
   bool took_blocks_ ABSL_GUARDED_BY(mu_) = false;
   bool ahead_told_ ABSL_GUARDED_BY(mu_) = false;
   PageCount ahead_batch_ ABSL_GUARDED_BY(mu_) = 0;
+  PageCount ahead_below_ ABSL_GUARDED_BY(mu_);  // with fewer idle ones
   absl::Time ahead_asked_at_ ABSL_GUARDED_BY(mu_) = absl::InfinitePast();
   absl::Time ahead_after_ ABSL_GUARDED_BY(mu_) = absl::InfinitePast();
 
