@@ -103,6 +103,13 @@ typedef struct kvb_pool_options {
   kvb_pages_callback on_closing; /* pages get no new blocks, and empty out */
   kvb_callback on_memory;        /* memory came for a miss: try again */
   void* context;                 /* of the callbacks, each of which may be NULL */
+  /* Addresses without a page do not fault: one handle of memory of this process's
+   * own, besides what it has declared, lies behind all of them, where writes are
+   * lost and reads say nothing. For attention kernels that touch blocks which
+   * they do not use. Contiguous layout only. Costs a mapping for each of
+   * max_pages when the session opens, and one more with each page that comes or
+   * goes. 0 by default. */
+  int guard;
 } kvb_pool_options;
 
 /* Limits of the instance in force, and what the device has to lend, in bytes. */

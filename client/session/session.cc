@@ -52,6 +52,7 @@ absl::StatusOr<std::unique_ptr<Session>> Session::Create(
   for (const PoolOptions& pool : session->options_.pools) {
     ASSIGN_OR_RETURN(std::unique_ptr<Mapper> mapper,
                      make_mapper(pool.geometry));
+    if (pool.guard) RETURN_IF_ERROR(mapper->Guard());
     if (session->options_.wrap_mapper) {
       mapper = session->options_.wrap_mapper(std::move(mapper));
     }

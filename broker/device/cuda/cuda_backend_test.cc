@@ -106,6 +106,24 @@ TEST(CudaStatusTest, StickyErrorsAreKnownAgain) {
   EXPECT_FALSE(IsPoisoned(absl::OkStatus()));
 }
 
+TEST(CudaStatusTest, ALostDeviceIsKnownAgain) {
+  for (int result :
+       {cuda::CUDA_ERROR_NO_DEVICE, cuda::CUDA_ERROR_INVALID_DEVICE,
+        cuda::CUDA_ERROR_DEVICE_UNAVAILABLE, cuda::CUDA_ERROR_SYSTEM_NOT_READY,
+        cuda::CUDA_ERROR_ECC_UNCORRECTABLE}) {
+    EXPECT_TRUE(IsDeviceLost(CudaStatus(result, "f"))) << result;
+    EXPECT_TRUE(IsDeviceLost(CudaStatusOfDescriptorCall(result, "f")));
+  }
+  for (int result : {cuda::CUDA_ERROR_OUT_OF_MEMORY, cuda::CUDA_ERROR_UNKNOWN,
+                     cuda::CUDA_ERROR_NOT_SUPPORTED}) {
+    EXPECT_FALSE(IsDeviceLost(CudaStatus(result, "f"))) << result;
+  }
+  EXPECT_TRUE(IsDeviceLost(NvmlStatus(cuda::NVML_ERROR_GPU_IS_LOST, "f")));
+  EXPECT_TRUE(IsDeviceLost(NvmlStatus(cuda::NVML_ERROR_RESET_REQUIRED, "f")));
+  EXPECT_FALSE(IsDeviceLost(NvmlStatus(cuda::NVML_ERROR_NOT_FOUND, "f")));
+  EXPECT_FALSE(IsDeviceLost(absl::OkStatus()));
+}
+
 TEST(NvmlStatusTest, SaysThatItIsNvmls) {
   EXPECT_TRUE(NvmlStatus(0, "f").ok());
   absl::Status status = NvmlStatus(cuda::NVML_ERROR_GPU_IS_LOST, "f");
