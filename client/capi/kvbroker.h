@@ -204,7 +204,8 @@ void kvb_session_close(kvb_session* session) KVB_NOEXCEPT;
 /* The name in force; differs from the wish where that was another tenant's. */
 const char* kvb_session_instance(const kvb_session* session) KVB_NOEXCEPT;
 /* KVB_OK while the broker is there. Without it the pools live on and do not
- * grow. */
+ * grow. Where the GPU does not work for this process any more, KVB_INTERNAL says
+ * so: no page comes or goes, and the process has to be restarted. */
 kvb_code kvb_session_health(kvb_session* session, char** error) KVB_NOEXCEPT;
 void kvb_session_limits(kvb_session* session, kvb_limits* limits) KVB_NOEXCEPT;
 /* What the process needs of the device at its peak besides the pools, from now on:

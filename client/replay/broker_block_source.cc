@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "broker/base/status_macros.h"
+#include "broker/device/device_lost.h"
 #include "client/address/broker_address.h"
 #include "client/arena/cuda_driver.h"
 #include "client/arena/make_mapper.h"
@@ -68,7 +69,11 @@ class CudaBlockSource : public BrokerBlockSource {
   std::span<const std::byte> Read(BlockId block) override {
     return memory_->Read(pool().block_data(block));
   }
-  absl::Status Health() const override { return memory_->status(); }
+  absl::Status Health() const override {
+    RETURN_IF_ERROR(memory_->status());
+    const absl::Status of_pool = pool().health();
+    return IsPoisoned(of_pool) ? of_pool : absl::OkStatus();
+  }
   std::optional<OtherMemory> Other() const override {
     if (activations_ == nullptr) return std::nullopt;
     return OtherMemory{activations_->taken(), activations_->failed()};

@@ -8,6 +8,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "broker/base/status_macros.h"
+#include "broker/device/device_lost.h"
 
 namespace kvbroker::client {
 namespace {
@@ -170,6 +171,10 @@ Opened Session::opened() {
 }
 
 absl::Status Session::health() {
+  for (const std::unique_ptr<Pool>& pool : pools_) {
+    absl::Status of_pool = pool->health();
+    if (IsDeviceLost(of_pool)) return of_pool;
+  }
   MutexLock lock(&mu_);
   if (!health_.ok()) return health_;
   if (!opened_) return absl::UnavailableError("the session is not open yet");

@@ -96,8 +96,18 @@ constexpr Meaning kCudaErrors[] = {
      "; the driver is too old for this libcuda: update it"},
     {cuda::CUDA_ERROR_MPS_CONNECTION_FAILED, StatusCode::kUnavailable,
      "MPS_CONNECTION_FAILED", "; the MPS daemon does not answer"},
+    {cuda::CUDA_ERROR_MPS_RPC_FAILURE, StatusCode::kUnavailable,
+     "MPS_RPC_FAILURE", "; the MPS server has failed", Loss::kLost},
+    {cuda::CUDA_ERROR_MPS_SERVER_NOT_READY, StatusCode::kUnavailable,
+     "MPS_SERVER_NOT_READY", "; the MPS server recovers from a fault",
+     Loss::kLost},
     {cuda::CUDA_ERROR_MPS_MAX_CONNECTIONS_REACHED, StatusCode::kUnavailable,
      "MPS_MAX_CONNECTIONS_REACHED"},
+    {cuda::CUDA_ERROR_MPS_CLIENT_TERMINATED, StatusCode::kInternal,
+     "MPS_CLIENT_TERMINATED",
+     "; another client's fault ended this one at the MPS server: every call "
+     "fails until this process ends",
+     Loss::kSticky},
     {cuda::CUDA_ERROR_UNKNOWN, StatusCode::kInternal, "UNKNOWN"},
 };
 
@@ -135,14 +145,8 @@ absl::Status ToStatus(const Meaning& meaning, std::string_view library,
       absl::StrCat(absl::string_view(call.data(), call.size()), " failed: ",
                    absl::string_view(library.data(), library.size()), " ",
                    meaning.name, " (", meaning.result, ")", meaning.advice));
-  switch (meaning.loss) {
-    case Loss::kNone:
-      return status;
-    case Loss::kLost:
-      return MarkDeviceLost(std::move(status));
-    case Loss::kSticky:
-      return MarkPoisoned(std::move(status));
-  }
+  if (meaning.loss == Loss::kSticky) return MarkPoisoned(std::move(status));
+  if (meaning.loss == Loss::kLost) return MarkDeviceLost(std::move(status));
   return status;
 }
 
