@@ -137,7 +137,7 @@ kvctl() { within 10 "$bin/client/cli/kvctl" --address "$folder/sockets" "$@"; }
 # engine NAME [FLAGS]: in the background; its pid is in `last`.
 engine() {
   "$bin/client/replay/kvbroker-replay" --name "$1" --address "$folder/sockets" \
-    --scale 64 --speedup 40 --window 1200 --json "${@:2}" >"$folder/$1.log" 2>&1 &
+    --scale 64 --speedup 40 --json "${@:2}" >"$folder/$1.log" 2>&1 &
   last=$!
   pids+=("$last")
 }
