@@ -1,5 +1,5 @@
-// A device that does not work any more: the core with a fake device of 10 pages of
-// 1 MiB.
+// A device that does not work any more: the core with a fake device of 10 pages
+// of 1 MiB.
 #include <string>
 #include <vector>
 

@@ -425,8 +425,7 @@ TEST_F(CudaTest, AnErrorThatNamesNoCauseIsExplainedByNvml) {
   EXPECT_TRUE(backend->Create(MiB(2)).ok());
 }
 
-TEST_F(CudaTest, ADriverThatCountsNoDeviceHasNone) {
-  auto driver = *Load();
+TEST_F(CudaTest, AGpuThatIsLostAtTheStartIsRefused) {
   fake_.Lose(cuda::CUDA_ERROR_NO_DEVICE);
   auto backend = Make();
   EXPECT_FALSE(backend.ok());
