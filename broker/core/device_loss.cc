@@ -30,7 +30,8 @@ void Core::LoseDevice(const absl::Status& error, Actions& actions) {
       " does not work: ", error.message(),
       "; nothing is lent until it does again, which is tried every ",
       absl::FormatDuration(kProbeEvery),
-      ". See the kernel's log (dmesg); a GPU that stays so has to be reset, and "
+      ". See the kernel's log (dmesg); a GPU that stays so has to be reset, "
+      "and "
       "the broker and its engines restarted"));
   lost_at_ = Now();
   probe_at_ = Now() + kProbeEvery;
@@ -77,8 +78,9 @@ void Core::Probe() {
       probe_at_ = Now() + kProbeEvery;
     } else {
       device_error_ = absl::OkStatus();
-      actions.log.push_back(absl::StrCat(
-          "device-back after_ms=", absl::ToInt64Milliseconds(Now() - lost_at_)));
+      actions.log.push_back(
+          absl::StrCat("device-back after_ms=",
+                       absl::ToInt64Milliseconds(Now() - lost_at_)));
       actions.device_changed = true;
       for (auto& [id, session] : sessions_) PumpDescriptors(session, actions);
       MeasureSoon(absl::ZeroDuration());

@@ -194,9 +194,8 @@ TEST_F(DeviceLossTest, PoisonedIsLost) {
 class SharedDeviceLossTest : public DeviceLossTest {
  protected:
   SharedDeviceLossTest()
-      : DeviceLossTest({.capacity = MiB(10),
-                        .device = MiB(12),
-                        .headroom = MiB(2)}) {}
+      : DeviceLossTest(
+            {.capacity = MiB(10), .device = MiB(12), .headroom = MiB(2)}) {}
 };
 
 TEST_F(SharedDeviceLossTest, AReadingShowsItBeforeAnybodyAsks) {

@@ -3,7 +3,8 @@
 //
 //   lost      no call on the device works: it fell off the bus, its driver is
 //             gone, somebody has it for himself. It may work again.
-//   poisoned  the same for this process, until it ends: a kernel touched what it
+//   poisoned  the same for this process, until it ends: a kernel touched what
+//   it
 //             must not, an uncorrectable bit. Other processes may go on.
 //
 // It travels with the status, unseen by who does not ask. Set where the

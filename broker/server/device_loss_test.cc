@@ -86,7 +86,8 @@ TEST_F(ServerDeviceLossTest, HealthAndRefusalsSaySoAndAllComesBack) {
       reason = refused->reason;
     }
   }
-  EXPECT_TRUE(Has(reason, "GPU-fa6e0000-0000-4000-8000-000000000000")) << reason;
+  EXPECT_TRUE(Has(reason, "GPU-fa6e0000-0000-4000-8000-000000000000"))
+      << reason;
   EXPECT_TRUE(Has(reason, "NO_DEVICE (100)") || Has(reason, "GPU_IS_LOST"))
       << reason;
   EXPECT_TRUE(Has(reason, "dmesg")) << reason;

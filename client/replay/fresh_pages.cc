@@ -66,12 +66,11 @@ absl::StatusOr<FreshPages::Reader> FreshPages::CudaReader(
                                   std::span<std::byte> to) -> absl::Status {
     CurrentCudaContext current(cuda, retained.get());
     RETURN_IF_ERROR(current.status());
-    return CudaStatus(
-        cuda.cuMemcpyDtoH(to.data(),
-                          static_cast<cuda::CUdeviceptr>(
-                              reinterpret_cast<uintptr_t>(from)),
-                          to.size()),
-        "cuMemcpyDtoH");
+    return CudaStatus(cuda.cuMemcpyDtoH(to.data(),
+                                        static_cast<cuda::CUdeviceptr>(
+                                            reinterpret_cast<uintptr_t>(from)),
+                                        to.size()),
+                      "cuMemcpyDtoH");
   });
 }
 

@@ -2,7 +2,8 @@
 // counts what is in it.
 //
 //   FreshPages fresh(FreshRule::kTenant, getuid(), page_bytes);
-//   session.wrap_mapper = [&](auto mapper) { return fresh.Wrap(std::move(mapper)); };
+//   session.wrap_mapper = [&](auto mapper) { return
+//   fresh.Wrap(std::move(mapper)); };
 //   ... fresh.counts() ...
 //
 // On a GPU, pages are read by copies. What is found is what BlockPattern wrote:

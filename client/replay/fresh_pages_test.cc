@@ -53,8 +53,8 @@ class FreshPagesTest : public testing::Test {
     page.push_back(*fd.Duplicate());
     return page;
   }
-  // Of four pages the first stays as it is, the second gets a block of ours, the
-  // third one of theirs, the fourth a byte of nobody's.
+  // Of four pages the first stays as it is, the second gets a block of ours,
+  // the third one of theirs, the fourth a byte of nobody's.
   void Write(client::Mapper& mapper) {
     const size_t page = static_cast<size_t>(kPage.count());
     WritePattern({MakeEngineId("a", 1, kMine), 0, 0},
@@ -122,7 +122,8 @@ TEST_F(FreshPagesTest, ReadsAGpusPagesByCopies) {
         fresh.Wrap(*client::CudaMapper::Create(Geometry(), *driver, ""));
     fake.Fail("cuMemcpyDtoH_v2", 1, cuda::CUDA_ERROR_UNKNOWN);
     EXPECT_FALSE(mapper->Map(PageIndex(0), exported(0)).ok());
-    EXPECT_EQ(fake.Books().mappings, 0) << "a page that was not read is not used";
+    EXPECT_EQ(fake.Books().mappings, 0)
+        << "a page that was not read is not used";
     for (uint32_t i = 0; i < 4; ++i) {
       ASSERT_TRUE(mapper->Map(PageIndex(i), exported(i)).ok());
     }

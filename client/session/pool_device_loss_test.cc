@@ -1,5 +1,6 @@
-// A pool whose device is lost to its process, on the fake CUDA driver: its health
-// says so, nothing aborts, nobody is asked for memory in vain, and Close ends.
+// A pool whose device is lost to its process, on the fake CUDA driver: its
+// health says so, nothing aborts, nobody is asked for memory in vain, and Close
+// ends.
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -50,8 +51,7 @@ class PoolDeviceLossTest : public ::testing::Test {
 
   bool Alloc(size_t pages) {
     std::vector<BlockId> out(pages * kBlocksPerPage);
-    const bool got =
-        pool_->Alloc(absl::MakeSpan(out), Urgency::kWaiting);
+    const bool got = pool_->Alloc(absl::MakeSpan(out), Urgency::kWaiting);
     if (got) taken_.insert(taken_.end(), out.begin(), out.end());
     return got;
   }
