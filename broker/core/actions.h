@@ -61,12 +61,13 @@ struct Actions {
   std::vector<HandleRef> let_go;
   std::vector<std::string> log;
   bool remember = false;  // CoreOptions.remember is to be called
+  bool device_changed = false;  // likewise
   std::vector<HistoryEvent> history;
 
   bool empty() const {
     return tell.empty() && close.empty() && make.empty() && send.empty() &&
            !stock && release.empty() && let_go.empty() && forgotten.empty() &&
-           log.empty() && !remember && history.empty();
+           log.empty() && !remember && !device_changed && history.empty();
   }
 };
 

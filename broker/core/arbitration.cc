@@ -219,7 +219,9 @@ void Core::Refuse(const Claim& claim, absl::StatusCode code, std::string reason,
   refused.sequence = claim.sequence;
   refused.code = code;
   refused.reason = std::move(reason);
+  // A lost device is nobody's doing.
   const bool names_holders = code == absl::StatusCode::kUnavailable &&
+                             device_error_.ok() &&
                              claim.urgency != Urgency::kSpeculative;
   if (names_holders) refused.holders = Holders();
   KeepAnswer(it->second, claim.sequence, {.refused = refused});
@@ -232,6 +234,7 @@ void Core::Refuse(const Claim& claim, absl::StatusCode code, std::string reason,
   const LedgerSession& session = *ledger_.FindSession(claim.session);
   if (claim.urgency != Urgency::kSpeculative) {
     ++instances_.at(session.instance).refusals;
+    if (!device_error_.ok()) return;  // said once, for all
     std::string holders;
     for (const Holder& holder : refused.holders) {
       absl::StrAppend(&holders, holders.empty() ? "" : ",", holder.instance,
@@ -616,7 +619,7 @@ void Core::ExpireDescriptors(Actions& actions) {
 }
 
 absl::Time Core::NextDue() {
-  absl::Time due = std::min(pump_at_, measure_at_);
+  absl::Time due = std::min({pump_at_, measure_at_, probe_at_});
   for (const Room& room : rooms_) due = std::min(due, room.deadline);
   if (overdrawn_since_ <= Now() &&
       Now() < overdrawn_since_ + options_.policy.patience) {
@@ -660,6 +663,7 @@ absl::Time Core::NextDue() {
 }
 
 absl::Time Core::RunDue() {
+  ProbeIfDue();
   MeasureIfDue();
   Actions actions;
   {

@@ -107,6 +107,8 @@ struct CoreOptions {
   std::function<void(bool wait)> remember;
   // Called (without the lock) when RunDue has to run earlier than it last said.
   std::function<void()> wake;
+  // Called (without the lock) when device_status() has changed.
+  std::function<void()> device_changed;
   // Readings of what the device has in use are queued there, as are makes,
   // exports and releases of more handles than `inline_handles` in one call, in
   // steps of that size, so that no caller is kept and small ones get their turn:
@@ -161,6 +163,9 @@ class Core {
   // ---- operators ----
 
   CoreSnapshot Snapshot();
+  // OK, or why the device cannot be used, and what to do. All claims are refused
+  // with it until the device works again.
+  absl::Status device_status();
   // All NOT_FOUND errors list the names that exist.
   absl::StatusOr<InstanceStatus> SetPolicy(const InstanceSelector& which,
                                            const PolicyChange& change);
@@ -277,6 +282,16 @@ class Core {
   void SettleRooms(Actions& actions) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // For people, where others are the reason: "; 20 GiB of the device ...".
   std::string OthersInWords() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+
+  // ---- device_loss.cc: a device that does not work ----
+  void LoseDevice(const absl::Status& error, Actions& actions)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // REQUIRES: the device is lost.
+  void RefuseLost(const Claim& claim, Actions& actions)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Tries whether it works again, on the executor.
+  void ProbeIfDue() ABSL_LOCKS_EXCLUDED(mu_);
+  void Probe() ABSL_LOCKS_EXCLUDED(mu_);
 
   // ---- arbitration.cc: claims, orders, time ----
   PolicySnapshot TakeSnapshot() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
@@ -407,6 +422,10 @@ class Core {
   // Since when more is lent than others leave room for.
   absl::Time overdrawn_since_ ABSL_GUARDED_BY(mu_) = absl::InfiniteFuture();
   std::list<Room> rooms_ ABSL_GUARDED_BY(mu_);
+  // Why the device cannot be used, since when, and when that is tried again.
+  absl::Status device_error_ ABSL_GUARDED_BY(mu_);
+  absl::Time lost_at_ ABSL_GUARDED_BY(mu_) = absl::InfinitePast();
+  absl::Time probe_at_ ABSL_GUARDED_BY(mu_) = absl::InfiniteFuture();
   uint64_t recorded_ ABSL_GUARDED_BY(mu_) = 0;  // events of the history
   // What RunDue answered last: `wake` is called when something is due earlier.
   absl::Time promised_ ABSL_GUARDED_BY(mu_) = absl::InfiniteFuture();

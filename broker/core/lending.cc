@@ -7,6 +7,7 @@
 #include "absl/algorithm/container.h"
 #include "absl/strings/str_cat.h"
 #include "broker/core/core.h"
+#include "broker/device/device_lost.h"
 #include "proto/fd_frame.h"
 
 namespace kvbroker {
@@ -77,6 +78,7 @@ void Core::Run(Actions actions) {
     for (auto& listener : actions.forgotten) listener->Forgotten();
     for (const std::string& line : actions.log) options_.log(line);
     if (actions.remember) options_.remember(/*wait=*/false);
+    if (actions.device_changed) options_.device_changed();
     actions = std::move(next);
   }
   bool wake;
@@ -193,6 +195,12 @@ void Core::FinishMake(MakePages make, Actions& next) {
   if (!make.failure.ok()) {
     take_back("not made");
     give_up();
+    if (IsDeviceLost(make.failure)) LoseDevice(make.failure, next);
+    if (!device_error_.ok()) {
+      RefuseLost(make.claim, next);
+      Arbitrate(next);
+      return;
+    }
     next.log.push_back(
         absl::StrCat("create-failed session=", make.claim.session.value(),
                      " instance=", instance.name, " pages=", make.pages.size(),
@@ -285,13 +293,17 @@ void Core::Send(SendHandles send, Actions& next) {
     send.listener->SendDescriptors(send.grant, send.first_handle,
                                    std::move(descriptors));
   }
-  // Out of descriptors, most likely: the rest goes again a little later.
+  // Out of descriptors, most likely: the rest goes again a little later. With a
+  // lost device, when it is back.
   MutexLock lock(&mu_);
-  next.log.push_back(absl::StrCat(
-      "export-failed session=", send.session.value(),
-      " grant=", send.grant.value(), " error=\"", failure.message(), "\""));
-  pump_at_ = std::min(pump_at_, Now() + kRetry);
-  ReleaseStock(next);
+  if (IsDeviceLost(failure)) LoseDevice(failure, next);
+  if (device_error_.ok()) {
+    next.log.push_back(absl::StrCat(
+        "export-failed session=", send.session.value(),
+        " grant=", send.grant.value(), " error=\"", failure.message(), "\""));
+    pump_at_ = std::min(pump_at_, Now() + kRetry);
+    ReleaseStock(next);
+  }
   auto it = sessions_.find(send.session);
   if (it == sessions_.end() || !it->second.connected) return;
   SessionState& session = it->second;
@@ -327,7 +339,7 @@ void Core::Recycle(const std::string& tenant, std::vector<HandleRef> handles,
       options_.max_stocked_handles -
       std::min(options_.max_stocked_handles, ledger_.stocked_handles());
   const bool warm =
-      claims_.empty() && !draining_ && ledger_.overdrawn() == Bytes(0);
+      claims_.empty() && !draining_ && device_error_.ok() && ledger_.overdrawn() == Bytes(0);
   std::vector<HandleRef> stock;
   for (HandleRef& handle : handles) {
     const Bytes size = handle->size();
@@ -345,7 +357,8 @@ void Core::Recycle(const std::string& tenant, std::vector<HandleRef> handles,
 void Core::StockUp(const std::string& tenant, Bytes size, size_t granted,
                    Actions& actions) {
   if (!options_.executor || stocking_ || draining_ || !claims_.empty() ||
-      !rooms_.empty() || options_.charge == CoreOptions::Charge::kEngine) {
+      !rooms_.empty() || !device_error_.ok() ||
+      options_.charge == CoreOptions::Charge::kEngine) {
     return;
   }
   const size_t there = ledger_.stocked_handles({tenant, size});
@@ -452,7 +465,7 @@ void Core::ReleaseStock(Actions& actions) {
 }
 
 void Core::PumpDescriptors(SessionState& session, Actions& actions) {
-  if (!session.connected) return;
+  if (!session.connected || !device_error_.ok()) return;
   while (!session.to_send.empty()) {
     Grant& grant = session.unmapped.at(session.to_send.front());
     LedgerPool& pool = *ledger_.FindPool(grant.pool);

@@ -138,6 +138,7 @@ CoreSnapshot Core::Snapshot() {
   broker.sessions = static_cast<uint32_t>(sessions_.size());
   broker.uptime = Now() - started_;
   broker.draining = draining_;
+  broker.device_error = std::string(device_error_.message());
   PolicySnapshot snapshot = TakeSnapshot();
   for (const auto& [key, instance] : ledger_.instances()) {
     result.instances.push_back(StatusOf(instance, snapshot));
@@ -284,6 +285,7 @@ absl::StatusOr<Explanation> Core::Explain(const InstanceSelector& which) {
   result.instance = StatusOf(instance, snapshot);
   const InstanceStatus& status = result.instance;
   auto& lines = result.lines;
+  if (!device_error_.ok()) lines.emplace_back(device_error_.message());
   lines.push_back(absl::StrCat(
       "holds ", FormatBytes(status.held), " of ",
       FormatBytes(ledger_.capacity()), ": ", FormatBytes(status.in_use),

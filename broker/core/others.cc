@@ -11,6 +11,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "broker/core/core.h"
+#include "broker/device/device_lost.h"
 #include "broker/policy/policy.h"
 
 namespace kvbroker {
@@ -124,7 +125,10 @@ void Core::Measure() {
   {
     MutexLock lock(&mu_);
     if (!sessions_.empty()) MeasureSoon(kMeasureEvery);
-    if (!used.ok()) {
+    if (IsDeviceLost(used.status())) {
+      LoseDevice(used.status(), actions);
+      Arbitrate(actions);
+    } else if (!used.ok()) {
       if (!std::exchange(measuring_fails_, true)) {
         actions.log.push_back(absl::StrCat("measure-failed error=\"",
                                            used.status().message(), "\""));
@@ -243,7 +247,7 @@ void Core::SettleRooms(Actions& actions) {
       room = rooms_.erase(room);
       continue;
     }
-    if (now < room->deadline) {
+    if (now < room->deadline && device_error_.ok()) {
       ++room;
       continue;
     }
@@ -251,7 +255,8 @@ void Core::SettleRooms(Actions& actions) {
     refused.sequence = room->sequence;
     refused.code = absl::StatusCode::kUnavailable;
     refused.reason =
-        measured ? absl::StrCat("no room within the deadline: ",
+        !device_error_.ok() ? std::string(device_error_.message())
+        : measured ? absl::StrCat("no room within the deadline: ",
                                 FormatBytes(ledger_.overdrawn()),
                                 " more are lent than ",
                                 FormatBytes(session->second.declared_peak),

@@ -106,6 +106,7 @@ absl::StatusOr<std::unique_ptr<Core>> Core::Create(CoreOptions options) {
     options.max_stock = std::min(Bytes(options.capacity.count() / 16), GiB(1));
   }
   if (!options.wake) options.wake = [] {};
+  if (!options.device_changed) options.device_changed = [] {};
   if (!options.remember) options.remember = [](bool) {};
   if (!options.log) options.log = [](std::string_view) {};
   std::unique_ptr<Core> core(new Core(std::move(options)));
@@ -529,6 +530,10 @@ absl::Status Core::On(SessionState& session, const Acquire& acquire,
   if (draining_) {
     Refuse(claim, absl::StatusCode::kUnavailable, "the broker is draining",
            actions);
+    return absl::OkStatus();
+  }
+  if (!device_error_.ok()) {
+    RefuseLost(claim, actions);
     return absl::OkStatus();
   }
   if (!claim.credit && EmptySlots(*pool, claim) < claim.at_least) {

@@ -41,6 +41,7 @@ struct BrokerStatus {
   uint32_t sessions = 0;
   absl::Duration uptime;
   bool draining = false;
+  std::string device_error;  // why the device cannot be used, or empty
 };
 
 struct CoreSnapshot {

@@ -240,6 +240,7 @@ absl::StatusOr<std::unique_ptr<RunningBroker>> RunningBroker::Start(
             if (wait) broker->state_keeper_->Wait(kStateWait);
           },
       .wake = [broker = self.get()] { broker->WakeCore(); },
+      .device_changed = [broker = self.get()] { broker->UpdateHealth(); },
       .executor =
           [broker = self.get()](std::function<void()> work) {
             broker->driver_->Do(std::move(work));
@@ -455,6 +456,11 @@ void RunningBroker::RunCore() {
 void RunningBroker::WakeCore() {
   if (core_woken_.exchange(true)) return;
   loop_->Post([this] { RunCore(); });
+}
+
+void RunningBroker::UpdateHealth() {
+  // There the latest is what is said last.
+  loop_->Post([this] { server_->SetHealth(core_->device_status().ok()); });
 }
 
 void RunningBroker::UpdateRestTimer() {

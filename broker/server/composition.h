@@ -99,6 +99,8 @@ class RunningBroker {
   // Runs what the core has due, and has itself called again in time.
   void RunCore();
   void WakeCore();
+  // Health follows the device.
+  void UpdateHealth();
   // gRPC rests when nobody has been connected for a while.
   void UpdateRestTimer();
   // A session began or its process ended.

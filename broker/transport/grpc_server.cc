@@ -59,7 +59,12 @@ GrpcServer::~GrpcServer() { Stop(absl::ZeroDuration()); }
 
 absl::Status GrpcServer::Serve(int number) {
   MutexLock lock(&mu_);
-  if (server_ == nullptr) server_ = StartServer(services_);
+  if (server_ == nullptr) {
+    server_ = StartServer(services_);
+    MutexLock health_lock(&health_mu_);
+    health_ = server_ ? server_->GetHealthCheckService() : nullptr;
+    if (health_ != nullptr) health_->SetServingStatus(healthy_);
+  }
   if (server_ == nullptr) {
     close(number);
     return absl::InternalError("gRPC's server did not start");
@@ -68,12 +73,19 @@ absl::Status GrpcServer::Serve(int number) {
   return absl::OkStatus();
 }
 
+void GrpcServer::SetHealth(bool serving) {
+  MutexLock lock(&health_mu_);
+  healthy_ = serving;
+  if (health_ != nullptr) health_->SetServingStatus(serving);
+}
+
 void GrpcServer::Stop(absl::Duration grace) {
   MutexLock lock(&mu_);
   if (server_ == nullptr) return;
-  if (grpc::HealthCheckServiceInterface* health =
-          server_->GetHealthCheckService()) {
-    health->SetServingStatus(false);
+  {
+    MutexLock health_lock(&health_mu_);
+    if (health_ != nullptr) health_->SetServingStatus(false);
+    health_ = nullptr;
   }
   server_->Shutdown(std::chrono::system_clock::now() +
                     absl::ToChronoMilliseconds(grace));

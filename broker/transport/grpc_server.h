@@ -27,6 +27,7 @@
 #include "broker/base/mutex.h"
 
 namespace grpc {
+class HealthCheckServiceInterface;
 class Server;
 class Service;
 }  // namespace grpc
@@ -43,6 +44,10 @@ class GrpcServer {
   // failure it is closed.
   absl::Status Serve(int number);
 
+  // What health says while this serves, from now on: SERVING, which it is at
+  // first, or NOT_SERVING.
+  void SetHealth(bool serving);
+
   // Gives gRPC up until the next Serve. Calls that are under way are cancelled.
   void Rest() { Stop(absl::ZeroDuration()); }
 
@@ -56,6 +61,13 @@ class GrpcServer {
   // Held over a stop, which waits for handlers: those never come here.
   Mutex mu_;
   std::unique_ptr<grpc::Server> server_ ABSL_GUARDED_BY(mu_);
+
+  // After mu_. Never held for long: whoever sets health waits for no stop.
+  Mutex health_mu_;
+  bool healthy_ ABSL_GUARDED_BY(health_mu_) = true;
+  // Of server_, while it serves.
+  grpc::HealthCheckServiceInterface* health_ ABSL_GUARDED_BY(health_mu_) =
+      nullptr;
 };
 
 }  // namespace kvbroker

@@ -57,7 +57,10 @@ void ToWire(const BrokerStatus& status, v1::BrokerStatus* wire) {
   wire->set_stock_bytes(ToWireBytes(status.stock));
   wire->set_sessions(status.sessions);
   wire->set_uptime_seconds(absl::ToDoubleSeconds(status.uptime));
-  wire->set_state(status.draining ? "draining" : "serving");
+  wire->set_state(!status.device_error.empty() ? "lost"
+                  : status.draining            ? "draining"
+                                               : "serving");
+  wire->set_device_error(status.device_error);
   wire->set_others_bytes(ToWireBytes(status.others));
   wire->set_foreign_bytes(ToWireBytes(status.foreign));
   wire->set_declared_bytes(ToWireBytes(status.declared));

@@ -35,7 +35,8 @@ CudaMapper::CudaMapper(const PoolGeometry& geometry, const CudaDriver& driver,
     : geometry_(geometry),
       cuda_(driver.cuda()),
       device_(std::move(device)),
-      handles_(size_t{geometry.handles_per_page} * geometry.max_pages) {}
+      handles_(size_t{geometry.handles_per_page} * geometry.max_pages),
+      guarded_(geometry.max_pages) {}
 
 absl::Status CudaMapper::Start() {
   RETURN_IF_ERROR(
@@ -59,6 +60,7 @@ CudaMapper::~CudaMapper() {
   if (context_ == nullptr) return;
   {
     CurrentCudaContext current(cuda_, context_);
+    DropGuard();
     for (uint32_t page = 0; page < geometry_.max_pages; ++page) {
       RollBack(PageIndex(page), geometry_.handles_per_page);
     }
@@ -97,6 +99,8 @@ absl::Status CudaMapper::Map(PageIndex page,
   }
   CurrentCudaContext current(cuda_, context_);
   RETURN_IF_ERROR(current.status());
+  // They may touch the guard, which is about to go.
+  if (guard_) RETURN_IF_ERROR(WaitForStreams());
   for (size_t i = 0; i < descriptors.size(); ++i) {
     absl::Status mapped = MapHandle(page, i, descriptors[i].get());
     // The import is a reference of its own, and descriptors are scarce.
@@ -112,8 +116,8 @@ absl::Status CudaMapper::Map(PageIndex page,
 absl::Status CudaMapper::MapHandle(PageIndex page, size_t handle,
                                    int descriptor) {
   MappedHandle& mine = at(page, handle);
-  KVB_CHECK(!mine.mapped);
-  // What an earlier Unmap could not release.
+  // What an earlier call could not undo.
+  if (mine.mapped) RETURN_IF_ERROR(UnmapHandle(page, handle));
   if (mine.imported) RETURN_IF_ERROR(ReleaseHandle(page, handle));
   RETURN_IF_ERROR(CudaStatusOfDescriptorCall(
       cuda_.cuMemImportFromShareableHandle(
@@ -122,6 +126,7 @@ absl::Status CudaMapper::MapHandle(PageIndex page, size_t handle,
           cuda::kHandlePosixDescriptor),
       "cuMemImportFromShareableHandle"));
   mine.imported = true;
+  RETURN_IF_ERROR(UnmapGuard(page));
   return MapImport(page, handle);
 }
 
@@ -131,11 +136,61 @@ absl::Status CudaMapper::MapImport(PageIndex page, size_t handle) {
   RETURN_IF_ERROR(CudaStatusOfDescriptorCall(
       cuda_.cuMemMap(address, handle_bytes(), 0, mine.import, 0), "cuMemMap"));
   mine.mapped = true;
+  return OpenToAccess(address);
+}
+
+absl::Status CudaMapper::OpenToAccess(cuda::CUdeviceptr address) {
   const cuda::CUmemAccessDesc access = {
       .location = {.type = cuda::kLocationDevice, .id = device_.device},
       .flags = cuda::kAccessReadWrite};
   return CudaStatus(cuda_.cuMemSetAccess(address, handle_bytes(), &access, 1),
                     "cuMemSetAccess");
+}
+
+absl::Status CudaMapper::Guard() {
+  RETURN_IF_ERROR(CheckGuardLayout(geometry_));
+  CurrentCudaContext current(cuda_, context_);
+  RETURN_IF_ERROR(current.status());
+  const cuda::CUmemAllocationProp prop = AllocationProp(device_);
+  cuda::CUmemGenericAllocationHandle made = 0;
+  RETURN_IF_ERROR(CudaStatusOfDescriptorCall(
+      cuda_.cuMemCreate(&made, handle_bytes(), &prop, 0), "cuMemCreate"));
+  guard_ = made;
+  for (uint32_t page = 0; page < geometry_.max_pages; ++page) {
+    absl::Status mapped = MapGuard(PageIndex(page));
+    if (mapped.ok()) continue;
+    DropGuard();
+    return mapped;
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CudaMapper::MapGuard(PageIndex page) {
+  if (!guard_ || guarded_[page.value()]) return absl::OkStatus();
+  const cuda::CUdeviceptr address = AddressOf(page, 0);
+  RETURN_IF_ERROR(CudaStatusOfDescriptorCall(
+      cuda_.cuMemMap(address, handle_bytes(), 0, *guard_, 0), "cuMemMap"));
+  guarded_[page.value()] = true;
+  absl::Status open = OpenToAccess(address);
+  if (!open.ok()) UnmapGuard(page).IgnoreError();
+  return open;
+}
+
+absl::Status CudaMapper::UnmapGuard(PageIndex page) {
+  if (!guarded_[page.value()]) return absl::OkStatus();
+  RETURN_IF_ERROR(CudaStatus(
+      cuda_.cuMemUnmap(AddressOf(page, 0), handle_bytes()), "cuMemUnmap"));
+  guarded_[page.value()] = false;
+  return absl::OkStatus();
+}
+
+void CudaMapper::DropGuard() {
+  if (!guard_) return;
+  for (uint32_t page = 0; page < geometry_.max_pages; ++page) {
+    UnmapGuard(PageIndex(page)).IgnoreError();
+  }
+  cuda_.cuMemRelease(*guard_);
+  guard_.reset();
 }
 
 absl::Status CudaMapper::UnmapHandle(PageIndex page, size_t handle) {
@@ -159,6 +214,7 @@ void CudaMapper::RollBack(PageIndex page, size_t count) {
   for (size_t i = 0; i < count; ++i) {
     if (UnmapHandle(page, i).ok()) ReleaseHandle(page, i).IgnoreError();
   }
+  if (!at(page, 0).mapped) MapGuard(page).IgnoreError();
 }
 
 absl::Status CudaMapper::WaitForStreams() {
@@ -198,6 +254,10 @@ absl::Status CudaMapper::Unmap(PageIndex page) {
       if (!mapped.ok()) return mapped;
     }
     return unmapped;
+  }
+  if (absl::Status guarded = MapGuard(page); !guarded.ok()) {
+    if (at(page, 0).imported) RETURN_IF_ERROR(MapImport(page, 0));
+    return guarded;
   }
   absl::Status first;
   for (size_t i = 0; i < geometry_.handles_per_page; ++i) {

@@ -380,5 +380,175 @@ TEST_F(CudaMapperTest, WorkThatFailsWhileItIsAwaitedPoisons) {
   fake_.Poison(0);  // So that this test's own books can be balanced.
 }
 
+// --- Guard mode -------------------------------------------------------------
+
+class CudaGuardTest : public CudaMapperTest {
+ protected:
+  static constexpr int64_t kSlots = 16;
+
+  std::unique_ptr<CudaMapper> MustGuard() {
+    auto mapper = MustMake(Contiguous());
+    EXPECT_EQ(mapper->Guard(), absl::OkStatus());
+    return mapper;
+  }
+  std::byte* SlotOf(CudaMapper& mapper, int page) {
+    return mapper.region(0) + page * Contiguous().handle_bytes.count();
+  }
+  // With one page mapped or none, nothing else may have changed.
+  FakeCudaBooks Guarded(int64_t pages) {
+    return {.created = 1,
+            .imported = pages,
+            .reservations = 1,
+            .mappings = kSlots,
+            .contexts = 1};
+  }
+};
+
+TEST_F(CudaGuardTest, NothingFaultsAndTheGuardIsNobodys) {
+  auto mapper = MustGuard();
+  EXPECT_EQ(fake_.Books(), Guarded(0));
+  EXPECT_EQ(Used(), MiB(4)) << "one handle, however many slots";
+  for (int page = 0; page < kSlots; ++page) {
+    *SlotOf(*mapper, page) = std::byte{9};
+  }
+  ASSERT_TRUE(mapper->Map(PageIndex(3), MakePage(Contiguous())).ok());
+  EXPECT_EQ(fake_.Books(), Guarded(1));
+  EXPECT_EQ(*SlotOf(*mapper, 3), std::byte{0}) << "the page, not the guard";
+  *SlotOf(*mapper, 3) = std::byte{7};
+  *SlotOf(*mapper, 4) = std::byte{8};
+  EXPECT_EQ(*SlotOf(*mapper, 3), std::byte{7}) << "stray writes miss it";
+  ASSERT_TRUE(mapper->Unmap(PageIndex(3)).ok());
+  EXPECT_EQ(fake_.Books(), Guarded(0));
+  EXPECT_EQ(*SlotOf(*mapper, 3), std::byte{8}) << "the guard again";
+  EXPECT_EQ(Used(), MiB(4));
+}
+
+TEST_F(CudaGuardTest, APerLayerPoolIsRefused) {
+  auto mapper = MustMake(PerLayer());
+  const FakeCudaBooks before = fake_.Books();
+  absl::Status refused = mapper->Guard();
+  EXPECT_EQ(refused.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_NE(refused.message().find("contiguous layout"),
+            absl::string_view::npos)
+      << refused;
+  EXPECT_EQ(fake_.Books(), before);
+}
+
+TEST_F(CudaGuardTest, ItBeginsWhollyOrNotAtAll) {
+  auto mapper = MustMake(Contiguous());
+  const FakeCudaBooks before = fake_.Books();
+  struct Case {
+    const char* call;
+    int nth;
+  };
+  for (Case c : {Case{"cuCtxPushCurrent_v2", 1}, Case{"cuMemCreate", 1},
+                 Case{"cuMemMap", 1}, Case{"cuMemMap", 9},
+                 Case{"cuMemSetAccess", 1}, Case{"cuMemSetAccess", 16}}) {
+    fake_.Fail(c.call, c.nth, cuda::CUDA_ERROR_OUT_OF_MEMORY);
+    EXPECT_EQ(mapper->Guard().code(), absl::StatusCode::kResourceExhausted)
+        << c.call;
+    EXPECT_EQ(fake_.Books(), before) << c.call << " " << c.nth;
+    EXPECT_EQ(Used(), Bytes(0)) << c.call << " " << c.nth;
+  }
+  EXPECT_EQ(mapper->Guard(), absl::OkStatus());
+}
+
+TEST_F(CudaGuardTest, AMapThatFailsPutsTheGuardBack) {
+  auto mapper = MustGuard();
+  mapper->AddStream(nullptr);
+  ASSERT_TRUE(mapper->Map(PageIndex(0), MakePage(Contiguous())).ok());
+  FakeCudaBooks before = Guarded(1);
+  before.events = 1;
+  struct Case {
+    const char* call;
+    int nth;
+  };
+  for (Case c :
+       {Case{"cuCtxPushCurrent_v2", 1}, Case{"cuEventRecord", 1},
+        Case{"cuEventSynchronize", 1}, Case{"cuMemImportFromShareableHandle", 1},
+        Case{"cuMemUnmap", 1}, Case{"cuMemMap", 1}, Case{"cuMemSetAccess", 1}}) {
+    fake_.Fail(c.call, c.nth, cuda::CUDA_ERROR_UNKNOWN);
+    EXPECT_EQ(mapper->Map(PageIndex(5), MakePage(Contiguous())).code(),
+              absl::StatusCode::kInternal)
+        << c.call;
+    EXPECT_EQ(fake_.Books(), before) << c.call;
+    EXPECT_EQ(Used(), MiB(8)) << c.call;
+    *SlotOf(*mapper, 5) = std::byte{1};  // does not fault
+    ASSERT_TRUE(mapper->Map(PageIndex(5), MakePage(Contiguous())).ok());
+    ASSERT_TRUE(mapper->Unmap(PageIndex(5)).ok()) << c.call;
+  }
+}
+
+TEST_F(CudaGuardTest, AnUnmapThatFailsLeavesThePageAsItWas) {
+  auto mapper = MustGuard();
+  ASSERT_TRUE(mapper->Map(PageIndex(5), MakePage(Contiguous())).ok());
+  *SlotOf(*mapper, 5) = std::byte{5};
+  for (const char* call :
+       {"cuCtxPushCurrent_v2", "cuMemUnmap", "cuMemMap", "cuMemSetAccess"}) {
+    fake_.Fail(call, 1, cuda::CUDA_ERROR_UNKNOWN);
+    EXPECT_EQ(mapper->Unmap(PageIndex(5)).code(), absl::StatusCode::kInternal)
+        << call;
+    EXPECT_EQ(fake_.Books(), Guarded(1)) << call;
+    EXPECT_EQ(*SlotOf(*mapper, 5), std::byte{5}) << call;
+  }
+  EXPECT_TRUE(mapper->Unmap(PageIndex(5)).ok());
+  EXPECT_EQ(fake_.Books(), Guarded(0));
+}
+
+TEST_F(CudaGuardTest, WhatCannotBePutBackIsAtTheNextCall) {
+  auto mapper = MustGuard();
+  // The page's mapping fails, and the guard's after it.
+  fake_.Fail("cuMemMap", 1, cuda::CUDA_ERROR_OUT_OF_MEMORY);
+  fake_.Fail("cuMemMap", 2, cuda::CUDA_ERROR_OUT_OF_MEMORY);
+  EXPECT_FALSE(mapper->Map(PageIndex(5), MakePage(Contiguous())).ok());
+  EXPECT_EQ(fake_.Books().mappings, kSlots - 1);
+  EXPECT_EQ(fake_.Books().imported, 0);
+  ASSERT_TRUE(mapper->Map(PageIndex(5), MakePage(Contiguous())).ok());
+  EXPECT_EQ(fake_.Books(), Guarded(1));
+  // The guard's mapping fails, and the page's after it.
+  fake_.Fail("cuMemMap", 1, cuda::CUDA_ERROR_OUT_OF_MEMORY);
+  fake_.Fail("cuMemMap", 2, cuda::CUDA_ERROR_OUT_OF_MEMORY);
+  EXPECT_FALSE(mapper->Unmap(PageIndex(5)).ok());
+  EXPECT_EQ(fake_.Books().mappings, kSlots - 1);
+  EXPECT_TRUE(mapper->Unmap(PageIndex(5)).ok());
+  EXPECT_EQ(fake_.Books(), Guarded(0));
+}
+
+TEST_F(CudaGuardTest, MemoryThatIsNotReleasedIsTriedAgain) {
+  auto mapper = MustGuard();
+  ASSERT_TRUE(mapper->Map(PageIndex(5), MakePage(Contiguous())).ok());
+  fake_.Fail("cuMemRelease", 1, cuda::CUDA_ERROR_UNKNOWN);
+  EXPECT_FALSE(mapper->Unmap(PageIndex(5)).ok());
+  *SlotOf(*mapper, 5) = std::byte{1};
+  EXPECT_TRUE(mapper->Unmap(PageIndex(5)).ok());
+  EXPECT_EQ(fake_.Books(), Guarded(0));
+}
+
+TEST_F(CudaGuardTest, MapWaitsForTheStreamsThatMayTouchTheGuard) {
+  auto mapper = MustGuard();
+  mapper->AddStream(&kv_stream);
+  fake_.BeginWork(&kv_stream);
+  auto mapped = std::async(std::launch::async, [&] {
+    return mapper->Map(PageIndex(0), MakePage(Contiguous()));
+  });
+  fake_.AwaitWaiter();
+  *SlotOf(*mapper, 0) = std::byte{7};  // What the kernel does.
+  EXPECT_EQ(fake_.Books().imported, 0);
+  fake_.EndWork(&kv_stream);
+  EXPECT_TRUE(mapped.get().ok());
+}
+
+TEST_F(CudaGuardTest, APoisonedContextDoesNotCrash) {
+  auto mapper = MustGuard();
+  ASSERT_TRUE(mapper->Map(PageIndex(0), MakePage(Contiguous())).ok());
+  fake_.Poison(cuda::CUDA_ERROR_ILLEGAL_ADDRESS);
+  EXPECT_TRUE(IsPoisoned(mapper->Unmap(PageIndex(0))));
+  EXPECT_TRUE(IsPoisoned(mapper->Map(PageIndex(1), MakePage(Contiguous()))));
+  mapper.reset();
+  fake_.Reset();  // The process's end.
+  backend_.reset();
+  backend_ = *CudaBackend::Create(*CudaDriver::Load(fake_.paths()), {});
+}
+
 }  // namespace
 }  // namespace kvbroker::client

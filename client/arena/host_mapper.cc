@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include "absl/strings/str_cat.h"
 #include "broker/base/check.h"
@@ -76,6 +77,36 @@ absl::Status HostMapper::Map(PageIndex page,
   return absl::OkStatus();
 }
 
+absl::Status HostMapper::Guard() {
+  absl::Status contiguous = CheckGuardLayout(geometry_);
+  if (!contiguous.ok()) return contiguous;
+  guard_ = UniqueFd(memfd_create("kvbroker-guard", MFD_CLOEXEC));
+  absl::Status failed;
+  if (!guard_ ||
+      ftruncate(guard_.get(), geometry_.handle_bytes.count()) != 0) {
+    failed = ErrnoToStatus(errno, "guard mode: making its memory");
+  }
+  for (uint32_t page = 0; failed.ok() && page < geometry_.max_pages; ++page) {
+    if (MapNothing(AddressOf(PageIndex(page), 0), MAP_FIXED) == MAP_FAILED) {
+      failed = ErrnoToStatus(
+          errno, absl::StrCat("guard mode: mapping it behind ",
+                              geometry_.max_pages,
+                              " slots (vm.max_map_count bounds them)"));
+    }
+  }
+  if (failed.ok()) return failed;
+  guard_.Reset();
+  const Bytes total = geometry_.page_bytes() * geometry_.max_pages;
+  KVB_CHECK(Reserve(base_, static_cast<size_t>(total.count())) == base_);
+  return failed;
+}
+
+void* HostMapper::MapNothing(void* at, int place) {
+  if (!guard_) return Reserve(at, handle_bytes(), place);
+  return mmap(at, handle_bytes(), PROT_READ | PROT_WRITE, MAP_SHARED | place,
+              guard_.get(), 0);
+}
+
 absl::Status HostMapper::Unmap(PageIndex page) {
   if (work_[page.value()].load() != 0) {
     return absl::FailedPreconditionError(
@@ -88,13 +119,13 @@ absl::Status HostMapper::Unmap(PageIndex page) {
 void HostMapper::UnmapHandles(PageIndex page, size_t count) {
   for (size_t i = 0; i < count; ++i) {
     void* const at = AddressOf(page, i);
-    if (Reserve(at, handle_bytes()) != MAP_FAILED) continue;
+    if (MapNothing(at, MAP_FIXED) != MAP_FAILED) continue;
     // A process that has all the mappings that it may have (vm.max_map_count)
     // is refused even one that replaces another. Without the old one there is
     // room for the new one. Whoever maps something elsewhere in between takes
     // that room, or even the addresses: then this process cannot go on.
     KVB_CHECK(munmap(at, handle_bytes()) == 0);
-    KVB_CHECK(Reserve(at, handle_bytes(), MAP_FIXED_NOREPLACE) == at);
+    KVB_CHECK(MapNothing(at, MAP_FIXED_NOREPLACE) == at);
   }
 }
 

@@ -27,6 +27,8 @@ class HostMapper : public Mapper {
   absl::Status Map(PageIndex page, std::vector<UniqueFd> descriptors) override;
   absl::Status Unmap(PageIndex page) override;
   std::byte* region(size_t handle_of_page) const override;
+  // RESOURCE_EXHAUSTED: of memory, descriptors or mappings (vm.max_map_count).
+  absl::Status Guard() override;
 
   // The stand-in stream; both from any thread. REQUIRES: the page is mapped.
   void BeginWork(PageIndex page) { work_[page.value()].fetch_add(1); }
@@ -39,12 +41,16 @@ class HostMapper : public Mapper {
     return static_cast<size_t>(geometry_.handle_bytes.count());
   }
   std::byte* AddressOf(PageIndex page, size_t handle) const;
+  // What lies at a slot without a page: the guard, or addresses that fault.
+  // `place` as MAP_FIXED says where.
+  void* MapNothing(void* at, int place);
   // Takes the first `count` handles of the page out of the address space.
   void UnmapHandles(PageIndex page, size_t count);
 
   const PoolGeometry geometry_;
   std::byte* const base_;
   std::vector<std::atomic<uint32_t>> work_;
+  UniqueFd guard_;  // of guard mode: its handle
 };
 
 }  // namespace kvbroker::client

@@ -1,6 +1,7 @@
 #include "client/arena/host_mapper.h"
 
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <cstring>
@@ -126,6 +127,58 @@ TEST(HostMapperTest, PagesComeAndGoWhereTheProcessMayHaveNoMoreMappings) {
   for (uint32_t page = 2; page < mapped; ++page) {
     EXPECT_TRUE(mapper->Unmap(PageIndex(2 * page)).ok());
   }
+}
+
+// --- Guard mode -------------------------------------------------------------
+
+TEST(HostMapperGuardTest, NothingFaultsAndTheGuardIsNobodys) {
+  auto mapper = *HostMapper::Create(Contiguous());
+  ASSERT_EQ(mapper->Guard(), absl::OkStatus());
+  const int64_t bytes = KiB(8).count();
+  for (int page = 0; page < 16; ++page) {
+    mapper->region(0)[page * bytes] = std::byte{9};
+  }
+  std::byte* at = mapper->region(0) + 3 * bytes;
+  ASSERT_TRUE(mapper->Map(PageIndex(3), MakePage(Contiguous())).ok());
+  EXPECT_EQ(*at, std::byte{0}) << "the page, not the guard";
+  *at = std::byte{7};
+  mapper->region(0)[4 * bytes] = std::byte{8};
+  EXPECT_EQ(*at, std::byte{7}) << "stray writes miss it";
+  ASSERT_TRUE(mapper->Unmap(PageIndex(3)).ok());
+  EXPECT_EQ(*at, std::byte{8}) << "the guard again";
+}
+
+TEST(HostMapperGuardTest, AMapThatFailsPutsItBack) {
+  auto mapper = *HostMapper::Create(Contiguous());
+  ASSERT_EQ(mapper->Guard(), absl::OkStatus());
+  std::vector<UniqueFd> wrong;
+  wrong.push_back(MakeHandle(KiB(4)));
+  EXPECT_FALSE(mapper->Map(PageIndex(3), std::move(wrong)).ok());
+  mapper->region(0)[3 * KiB(8).count()] = std::byte{1};
+  ASSERT_TRUE(mapper->Map(PageIndex(3), MakePage(Contiguous())).ok());
+}
+
+TEST(HostMapperGuardTest, APerLayerPoolIsRefused) {
+  auto mapper = *HostMapper::Create(PerLayer());
+  absl::Status refused = mapper->Guard();
+  EXPECT_EQ(refused.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_NE(refused.message().find("contiguous layout"),
+            absl::string_view::npos)
+      << refused;
+}
+
+TEST(HostMapperGuardDeathTest, WithoutDescriptorsItBeginsNotAtAll) {
+  auto mapper = *HostMapper::Create(Contiguous());
+  rlimit limit;
+  getrlimit(RLIMIT_NOFILE, &limit);
+  const rlimit none = {.rlim_cur = 0, .rlim_max = limit.rlim_max};
+  setrlimit(RLIMIT_NOFILE, &none);
+  const absl::Status refused = mapper->Guard();
+  setrlimit(RLIMIT_NOFILE, &limit);
+  EXPECT_EQ(refused.code(), absl::StatusCode::kResourceExhausted) << refused;
+  volatile std::byte* at = mapper->region(0);
+  EXPECT_DEATH(static_cast<void>(*at), "");
+  EXPECT_EQ(mapper->Guard(), absl::OkStatus());
 }
 
 }  // namespace

@@ -9,7 +9,12 @@
 // memory. In the contiguous layout there is one region, and page p lies at
 // p * page bytes. In the per-layer layout there is a region for each handle of a
 // page (a layer's K or V buffer), and handle h of page p lies in region h at
-// p * handle bytes. An address that is not mapped faults.
+// p * handle bytes. An address that is not mapped faults, but in guard mode.
+//
+// Guard mode is for engines whose kernels touch addresses of pages that they do
+// not hold: stale rows of a block table, whole-tensor operations. One handle of
+// the mapper's own lies behind every slot without a page. What is written there
+// is nobody's, and what is read is anything.
 #ifndef KVBROKER_CLIENT_ARENA_MAPPER_H_
 #define KVBROKER_CLIENT_ARENA_MAPPER_H_
 
@@ -19,6 +24,7 @@
 #include "absl/status/status.h"
 #include "broker/base/ids.h"
 #include "broker/base/unique_fd.h"
+#include "proto/messages.h"
 
 namespace kvbroker::client {
 
@@ -40,12 +46,34 @@ class Mapper {
   // whether this process can read it depends on the kind of memory.
   virtual std::byte* region(size_t handle_of_page) const = 0;
 
+  // Guard mode from now on, for the contiguous layout. It costs the device's
+  // memory of one handle, charged to this process; a mapping for each slot now;
+  // and with each Map and Unmap a mapping more. Between the two the slot has
+  // neither for a moment, so Map, too, waits for the streams that were added.
+  // REQUIRES: nothing is mapped. All or nothing. INVALID_ARGUMENT: another
+  // layout. UNIMPLEMENTED: this kind of memory has no use for it.
+  virtual absl::Status Guard() {
+    return absl::UnimplementedError(
+        "guard mode: this kind of memory has none: turn it off");
+  }
+
   // A stream (a CUstream) whose work touches the pool: Unmap waits for what was
   // queued on it before. To be removed before it is destroyed. Any thread. Does
   // nothing where memory has no streams.
   virtual void AddStream(void* /*stream*/) {}
   virtual void RemoveStream(void* /*stream*/) {}
 };
+
+// What Guard() answers for the layout.
+inline absl::Status CheckGuardLayout(const PoolGeometry& geometry) {
+  if (geometry.layout != Layout::kPerLayer && geometry.handles_per_page == 1) {
+    return absl::OkStatus();
+  }
+  return absl::InvalidArgumentError(
+      "guard mode: it is for pools of the contiguous layout, with one handle a "
+      "page; a per-layer pool would need a mapping for each layer of each slot: "
+      "turn it off, or use the contiguous layout");
+}
 
 }  // namespace kvbroker::client
 

@@ -137,6 +137,12 @@ absl::Status CheckPool(const kvb_pool_options& pool) {
     return absl::InvalidArgumentError(
         "pool options: times must be 0 or more");
   }
+  if (pool.guard != 0 &&
+      (pool.layout != KVB_CONTIGUOUS || pool.handles_per_page != 1)) {
+    return absl::InvalidArgumentError(
+        "pool options: guard is for the contiguous layout, with one handle a "
+        "page");
+  }
   return absl::OkStatus();
 }
 
@@ -159,6 +165,7 @@ absl::StatusOr<PoolOptions> FromC(const kvb_pool_options* given) {
   options.block_bytes = ToBytes(pool.block_bytes);
   options.reserve_null_block = pool.reserve_null_block != 0;
   options.map_ahead = pool.map_ahead != 0;
+  options.guard = pool.guard != 0;
   options.min_reserved_pages = pool.min_reserved_pages;
   if (pool.max_reserved_pages >= 0) {
     options.max_reserved_pages = pool.max_reserved_pages;

@@ -171,6 +171,10 @@ static void test_wrong_options(const char* address) {
   pool = pool_options(NULL);
   pool.idle_decay_ms = -1;
   check_pool_refused(pool, "times");
+  pool = pool_options(NULL);
+  pool.guard = 1;
+  pool.layout = KVB_PER_LAYER;
+  check_pool_refused(pool, "guard is for the contiguous layout");
 
   struct {
     const char* instance;

@@ -103,6 +103,13 @@ typedef struct kvb_pool_options {
   kvb_pages_callback on_closing; /* pages get no new blocks, and empty out */
   kvb_callback on_memory;        /* memory came for a miss: try again */
   void* context;                 /* of the callbacks, each of which may be NULL */
+  /* Addresses without a page do not fault: one handle of memory of this process's
+   * own, besides what it has declared, lies behind all of them, where writes are
+   * lost and reads say nothing. For attention kernels that touch blocks which
+   * they do not use. Contiguous layout only. Costs a mapping for each of
+   * max_pages when the session opens, and one more with each page that comes or
+   * goes. 0 by default. */
+  int guard;
 } kvb_pool_options;
 
 /* Limits of the instance in force, and what the device has to lend, in bytes. */
@@ -197,7 +204,8 @@ void kvb_session_close(kvb_session* session) KVB_NOEXCEPT;
 /* The name in force; differs from the wish where that was another tenant's. */
 const char* kvb_session_instance(const kvb_session* session) KVB_NOEXCEPT;
 /* KVB_OK while the broker is there. Without it the pools live on and do not
- * grow. */
+ * grow. Where the GPU does not work for this process any more, KVB_INTERNAL says
+ * so: no page comes or goes, and the process has to be restarted. */
 kvb_code kvb_session_health(kvb_session* session, char** error) KVB_NOEXCEPT;
 void kvb_session_limits(kvb_session* session, kvb_limits* limits) KVB_NOEXCEPT;
 /* What the process needs of the device at its peak besides the pools, from now on:

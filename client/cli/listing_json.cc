@@ -67,6 +67,8 @@ std::string ListingToJson(const Listing& listing, JsonLayout layout) {
       Json object = InstanceJson(instance, answer.device_uuid);
       object["backend"] = broker.backend();
       object["backend_reason"] = broker.backend_reason();
+      object["broker_state"] = broker.state();
+      object["device_error"] = broker.device_error();
       array.push_back(std::move(object));
     }
   }

@@ -48,7 +48,19 @@ TEST(ListingToJsonTest, HasEveryFigureToTheByte) {
               "labels": {"model": "llama"},
               "counters": {"grants": 7, "refusals": 8, "reclaims": 9,
                            "preempts": 10},
-              "backend": "host", "backend_reason": "no GPU found"}])"));
+              "backend": "host", "backend_reason": "no GPU found",
+              "broker_state": "serving", "device_error": ""}])"));
+}
+
+TEST(ListingToJsonTest, SaysThatTheDeviceIsLost) {
+  FakeBroker broker("GPU-1");
+  broker.Add("conv", GiB(1));
+  broker.status.set_state("lost");
+  broker.status.set_device_error("it fell off the bus");
+  json object = json::parse(
+      ListingToJson(ListingOf(broker), JsonLayout::kLine))[0];
+  EXPECT_EQ(object["broker_state"], "lost");
+  EXPECT_EQ(object["device_error"], "it fell off the bus");
 }
 
 TEST(ListingToJsonTest, LargeFiguresStayWhole) {

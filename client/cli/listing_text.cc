@@ -52,6 +52,9 @@ std::string DeviceLine(const Listing::Answer& answer) {
   if (!broker.state().empty() && broker.state() != "serving") {
     absl::StrAppend(&line, "  ", broker.state());
   }
+  if (!broker.device_error().empty()) {
+    absl::StrAppend(&line, "\n  ", broker.device_error());
+  }
   return line + "\n";
 }
 

@@ -117,6 +117,16 @@ TEST(ListingToTextTest, SaysThatABrokerIsDraining) {
                                 "free 8 GiB  draining\n"));
 }
 
+TEST(ListingToTextTest, SaysThatTheDeviceIsLostAndWhy) {
+  FakeBroker broker("GPU-1");
+  broker.status.set_state("lost");
+  broker.status.set_device_error("it fell off the bus");
+  Listing listing;
+  AddTo(listing, broker);
+  EXPECT_TRUE(absl::StrContains(ListingToText(listing, false),
+                                "free 8 GiB  lost\n  it fell off the bus\n"));
+}
+
 TEST(ExplanationToTextTest, ReasonsThenClaims) {
   v1::ExplainResponse explanation;
   explanation.add_lines("conv holds 1 GiB.");

@@ -14,6 +14,7 @@
 
 #include "absl/status/status.h"
 #include "broker/base/bytes.h"
+#include "client/replay/fresh_counts.h"
 
 namespace kvbroker::replay {
 
@@ -77,6 +78,9 @@ class BlockSource {
     int64_t taken = 0, failed = 0;
   };
   virtual std::optional<OtherMemory> Other() const { return std::nullopt; }
+
+  // What was in pages when they came; nothing where nobody looked.
+  virtual std::optional<FreshCounts> Fresh() const { return std::nullopt; }
 
   // Not OK: the device failed, and contents are what they are.
   virtual absl::Status Health() const { return absl::OkStatus(); }

@@ -1,13 +1,18 @@
 #include "client/replay/broker_block_source.h"
 
+#include <unistd.h>
+
 #include <utility>
 
 #include "broker/base/status_macros.h"
+#include "broker/device/device_lost.h"
 #include "client/address/broker_address.h"
 #include "client/arena/cuda_driver.h"
+#include "client/arena/make_mapper.h"
 #include "client/history/recording_mapper.h"
 #include "client/replay/activations.h"
 #include "client/replay/cuda_block_memory.h"
+#include "client/replay/fresh_pages.h"
 #include "client/replay/pool_block_source.h"
 #include "client/session/open_session.h"
 
@@ -17,15 +22,23 @@ namespace {
 // A PoolBlockSource with the session behind it.
 class BrokerBlockSource : public PoolBlockSource {
  public:
-  // `recorder` of the session's mappings, or null.
-  BrokerBlockSource(std::unique_ptr<client::MappingRecorder> recorder,
-                    std::unique_ptr<client::Session> session)
+  // What wraps the session's mapper.
+  struct Wrappers {
+    std::unique_ptr<client::MappingRecorder> recorder;  // or null
+    std::unique_ptr<FreshPages> fresh;                  // or null
+  };
+  BrokerBlockSource(Wrappers wrappers, std::unique_ptr<client::Session> session)
       : PoolBlockSource(session->pool(0)),
-        recorder_(std::move(recorder)),
+        wrappers_(std::move(wrappers)),
         session_(std::move(session)) {}
 
+  std::optional<FreshCounts> Fresh() const override {
+    if (wrappers_.fresh == nullptr) return std::nullopt;
+    return wrappers_.fresh->counts();
+  }
+
  private:
-  const std::unique_ptr<client::MappingRecorder> recorder_;
+  const Wrappers wrappers_;
   std::unique_ptr<client::Session> session_;
 };
 
@@ -33,11 +46,10 @@ class BrokerBlockSource : public PoolBlockSource {
 // the GPU has done what was queued in it.
 class CudaBlockSource : public BrokerBlockSource {
  public:
-  CudaBlockSource(std::unique_ptr<client::MappingRecorder> recorder,
-                  std::unique_ptr<client::Session> session,
+  CudaBlockSource(Wrappers wrappers, std::unique_ptr<client::Session> session,
                   std::unique_ptr<CudaBlockMemory> memory,
                   std::unique_ptr<Activations> activations)
-      : BrokerBlockSource(std::move(recorder), std::move(session)),
+      : BrokerBlockSource(std::move(wrappers), std::move(session)),
         memory_(std::move(memory)),
         activations_(std::move(activations)) {
     pool().mapper().AddStream(memory_->stream());
@@ -57,7 +69,11 @@ class CudaBlockSource : public BrokerBlockSource {
   std::span<const std::byte> Read(BlockId block) override {
     return memory_->Read(pool().block_data(block));
   }
-  absl::Status Health() const override { return memory_->status(); }
+  absl::Status Health() const override {
+    RETURN_IF_ERROR(memory_->status());
+    const absl::Status of_pool = pool().health();
+    return IsPoisoned(of_pool) ? of_pool : absl::OkStatus();
+  }
   std::optional<OtherMemory> Other() const override {
     if (activations_ == nullptr) return std::nullopt;
     return OtherMemory{activations_->taken(), activations_->failed()};
@@ -104,17 +120,35 @@ absl::StatusOr<std::unique_ptr<BlockSource>> MakeBrokerBlockSource(
   pool.geometry.max_pages = kMaxPages;
   pool.geometry.label = "kv";
   pool.block_bytes = options.geometry.block_bytes;
+  pool.guard = options.guard;
   session.pools.push_back(std::move(pool));
-  std::unique_ptr<client::MappingRecorder> recorder;
+  session.backend = options.backend.empty()
+                        ? client::UsualBackend(broker.device_uuid)
+                        : options.backend;
+  BrokerBlockSource::Wrappers wrappers;
   if (!options.history_file.empty()) {
-    ASSIGN_OR_RETURN(recorder, client::MappingRecorder::Open(
-                                   options.history_file, options.name));
-    session.wrap_mapper = [to = recorder.get()](
-                              std::unique_ptr<client::Mapper> mapper) {
-      return to->Wrap(std::move(mapper));
-    };
+    ASSIGN_OR_RETURN(
+        wrappers.recorder,
+        client::MappingRecorder::Open(options.history_file, options.name));
   }
-  session.backend = options.backend;
+  if (options.check_fresh) {
+    FreshPages::Reader reader;
+    if (session.backend == "cuda") {
+      ASSIGN_OR_RETURN(const CudaDriver* driver, client::LoadedCudaDriver());
+      ASSIGN_OR_RETURN(reader,
+                       FreshPages::CudaReader(*driver, broker.device_uuid));
+    }
+    wrappers.fresh = std::make_unique<FreshPages>(
+        *options.check_fresh, getuid(), options.geometry.page_bytes,
+        std::move(reader));
+  }
+  session.wrap_mapper = [recorder = wrappers.recorder.get(),
+                         fresh = wrappers.fresh.get()](
+                            std::unique_ptr<client::Mapper> mapper) {
+    if (fresh != nullptr) mapper = fresh->Wrap(std::move(mapper));
+    if (recorder != nullptr) mapper = recorder->Wrap(std::move(mapper));
+    return mapper;
+  };
   ASSIGN_OR_RETURN(std::unique_ptr<client::Session> opened,
                    client::OpenSession(broker, std::move(session)));
   if (opened->opened().backend == "cuda") {
@@ -134,14 +168,14 @@ absl::StatusOr<std::unique_ptr<BlockSource>> MakeBrokerBlockSource(
                              kActivationPeriod));
     }
     return std::make_unique<CudaBlockSource>(
-        std::move(recorder), std::move(opened), std::move(memory),
+        std::move(wrappers), std::move(opened), std::move(memory),
         std::move(activations));
   }
   if (options.activations) {
     return absl::InvalidArgumentError(
         "--activations are a GPU's memory, and this broker lends the host's");
   }
-  return std::make_unique<BrokerBlockSource>(std::move(recorder),
+  return std::make_unique<BrokerBlockSource>(std::move(wrappers),
                                              std::move(opened));
 }
 

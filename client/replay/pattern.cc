@@ -36,7 +36,7 @@ std::string DescribeOwner(const BlockOwner& owner) {
 
 }  // namespace
 
-uint64_t MakeEngineId(std::string_view name, int64_t pid) {
+uint64_t MakeEngineId(std::string_view name, int64_t pid, uint32_t tenant) {
   // FNV-1a over the name, then the process id.
   uint64_t hash = 0xcbf29ce484222325;
   const auto add = [&hash](uint8_t byte) {
@@ -46,7 +46,25 @@ uint64_t MakeEngineId(std::string_view name, int64_t pid) {
   for (int shift = 0; shift < 64; shift += 8) {
     add(static_cast<uint8_t>(pid >> shift));
   }
-  return hash;
+  return hash << 32 | tenant;
+}
+
+uint32_t TenantOf(uint64_t engine) { return static_cast<uint32_t>(engine); }
+
+PatternLines CountLines(uint32_t tenant, std::span<const std::byte> memory) {
+  PatternLines lines;
+  const uint64_t count = memory.size() / kPatternLineBytes;
+  for (uint64_t line = 0; line < count; ++line) {
+    const Line found = ReadLine(memory, line);
+    if (found == Line{}) {
+      ++lines.zero;
+    } else if (found != LineOf({found[0], found[1], found[2]}, found[3])) {
+      ++lines.other;
+    } else {
+      ++(TenantOf(found[0]) == tenant ? lines.own : lines.foreign);
+    }
+  }
+  return lines;
 }
 
 void WritePattern(const BlockOwner& owner, std::span<std::byte> block) {

@@ -26,8 +26,17 @@ struct BlockOwner {
   friend bool operator==(const BlockOwner&, const BlockOwner&) = default;
 };
 
-// An engine id that two processes do not share, even under one name.
-uint64_t MakeEngineId(std::string_view name, int64_t pid);
+// An engine id that two processes do not share, even under one name. Its tenant
+// can be read off it.
+uint64_t MakeEngineId(std::string_view name, int64_t pid, uint32_t tenant = 0);
+uint32_t TenantOf(uint64_t engine);
+
+// Lines of memory by what is in them: nothing but zeros; whole lines that an
+// engine of the tenant wrote, or one of another; something else.
+struct PatternLines {
+  int64_t zero = 0, own = 0, foreign = 0, other = 0;
+};
+PatternLines CountLines(uint32_t tenant, std::span<const std::byte> memory);
 
 // Both: REQUIRES: the block is a whole number of lines.
 void WritePattern(const BlockOwner& owner, std::span<std::byte> block);

@@ -38,7 +38,7 @@ class PoolBlockSource : public BlockSource {
   }
 
  protected:
-  client::Pool& pool() { return pool_; }
+  client::Pool& pool() const { return pool_; }
   // Called at the end of a step, once it is scheduled: has StepDone called when
   // its work is done.
   virtual void WhenDone(client::StepId step) { pool_.StepDone(step); }

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <memory>
+#include <optional>
 #include <utility>
 #include <variant>
 
@@ -93,7 +94,7 @@ absl::StatusOr<ReplaySummary> Replay(const ReplayOptions& options, Trace trace,
   ASSIGN_OR_RETURN(const std::unique_ptr<BlockSource> source,
                    MakeSource(options));
   const bool elastic = !options.static_share.has_value();
-  BlockPattern pattern(MakeEngineId(options.name, getpid()));
+  BlockPattern pattern(MakeEngineId(options.name, getpid(), getuid()));
   Scheduler scheduler({.speed = options.speed}, std::move(trace.requests),
                       *source, &pattern);
   const ReplayPace pace = {
@@ -112,6 +113,11 @@ absl::StatusOr<ReplaySummary> Replay(const ReplayOptions& options, Trace trace,
           "memory that was declared to the broker was not there");
     }
   }
+  const std::optional<FreshCounts> fresh = source->Fresh();
+  if (fresh && fresh->errors > 0) {
+    absl::FPrintF(stderr, "kvbroker-replay: page was not fresh: %s\n",
+                  fresh->first_error);
+  }
   if (rejections > kRejectionsTold) {
     absl::FPrintF(stderr, "kvbroker-replay: ... and %d more such requests\n",
                   rejections - kRejectionsTold);
@@ -122,6 +128,7 @@ absl::StatusOr<ReplaySummary> Replay(const ReplayOptions& options, Trace trace,
   summary.mode = elastic ? "elastic" : "static";
   summary.late_max_ms = absl::ToDoubleMilliseconds(run.late_max);
   summary.seconds = absl::ToDoubleSeconds(run.elapsed);
+  summary.fresh = fresh;
   if (pattern.errors() > 0) {
     absl::FPrintF(stderr, "kvbroker-replay: block was overwritten: %s\n",
                   pattern.first_error());
@@ -166,7 +173,9 @@ int Main(int argc, char** argv) {
   }
   absl::PrintF(
       "%s", options.json ? SummaryToJson(*summary) : SummaryToText(*summary));
-  return summary->integrity_errors == 0 ? 0 : kExitFailed;
+  const bool whole = summary->integrity_errors == 0 &&
+                     (!summary->fresh || summary->fresh->errors == 0);
+  return whole ? 0 : kExitFailed;
 }
 
 }  // namespace

@@ -38,6 +38,7 @@ constexpr double kMaxWeight = 1e6;
 struct Fields {
   std::string model = "llama-3.1-8b";
   std::optional<std::string> origin, static_share, activations, min, max;
+  std::optional<std::string> check_fresh;
   int64_t seed = kDefaultTraceSeed;
   std::optional<double> start_at;
 };
@@ -84,12 +85,13 @@ absl::Status CheckCombinations(const ReplayOptions& options) {
   if (options.static_share.has_value() &&
       (!options.address.empty() || !options.gpu.empty() ||
        !options.backend.empty() || options.activations.has_value() ||
+       options.guard || options.check_fresh.has_value() ||
        options.min.has_value() ||
        options.max.has_value() || options.weight.has_value() ||
        !options.history_file.empty())) {
     return absl::InvalidArgumentError(
         "--static-share needs no broker: --address, --gpu, --backend, "
-        "--activations, --min, --max, --weight and --history do not go with it");
+        "--activations, --guard, --check-fresh, --min, --max, --weight and --history do not go with it");
   }
   if (options.min.has_value() && options.max.has_value() &&
       *options.min > *options.max) {
@@ -145,6 +147,10 @@ absl::Status Complete(const Fields& fields, ReplayOptions& options) {
                    ParseSize("--static-share", fields.static_share));
   ASSIGN_OR_RETURN(options.activations,
                    ParseSize("--activations", fields.activations));
+  if (fields.check_fresh) {
+    options.check_fresh = *fields.check_fresh == "zero" ? FreshRule::kZero
+                                                        : FreshRule::kTenant;
+  }
   ASSIGN_OR_RETURN(options.min, ParseSize("--min", fields.min));
   ASSIGN_OR_RETURN(options.max, ParseSize("--max", fields.max));
   if (options.weight.has_value()) {
@@ -252,6 +258,16 @@ void AddOptions(CLI::App& app, ReplayOptions& options, Fields& fields) {
                  "With cuda: memory besides the KV cache that is taken and given "
                  "back every 100 ms, and declared to the broker")
       ->type_name("SIZE")
+      ->group(memory);
+  app.add_flag("--guard", options.guard,
+               "Memory of its own behind the addresses of pages that it does "
+               "not hold, as for kernels that touch those")
+      ->group(memory);
+  app.add_option("--check-fresh", fields.check_fresh,
+                 "Read each page that comes before it is used: it must be all "
+                 "zero, or may have data of the same tenant (this uid)")
+      ->type_name("zero|tenant")
+      ->check(CLI::IsMember({"zero", "tenant"}))
       ->group(memory);
   app.add_option("--min", fields.min, "Guaranteed by the broker")
       ->type_name("SIZE")

@@ -10,6 +10,7 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "broker/base/bytes.h"
+#include "client/replay/fresh_counts.h"
 #include "client/replay/model_presets.h"
 #include "client/replay/tokens_in_flight.h"
 #include "client/replay/trace.h"
@@ -46,6 +47,8 @@ struct ReplayOptions {
   std::string backend;  // "host", "cuda"; empty: what the device's name says
   // GPU memory that is taken and given back all the time, and declared.
   std::optional<Bytes> activations;
+  bool guard = false;  // memory of its own behind slots without a page
+  std::optional<FreshRule> check_fresh;  // what may be in a page that comes
   std::optional<Bytes> min;
   std::optional<Bytes> max;
   std::optional<double> weight;

@@ -40,6 +40,19 @@ TEST(ReplayOptionsTest, DefaultsAreAnElasticConvOnALlama) {
   EXPECT_DOUBLE_EQ(options.speed.decode_tokens_per_s, 30);
 }
 
+TEST(ReplayOptionsTest, ReadsHowPagesAreLookedAt) {
+  EXPECT_FALSE(Parsed({}).guard);
+  EXPECT_FALSE(Parsed({}).check_fresh.has_value());
+  EXPECT_TRUE(Parsed({"--guard"}).guard);
+  EXPECT_EQ(Parsed({"--check-fresh", "zero"}).check_fresh, FreshRule::kZero);
+  EXPECT_EQ(Parsed({"--check-fresh=tenant"}).check_fresh, FreshRule::kTenant);
+  EXPECT_TRUE(absl::StrContains(ErrorOf({"--check-fresh", "some"}), "zero"));
+  for (const char* flag : {"--guard", "--check-fresh=zero"}) {
+    EXPECT_TRUE(absl::StrContains(ErrorOf({"--static-share", "1M", flag}),
+                                  "do not go with it"));
+  }
+}
+
 TEST(ReplayOptionsTest, ReadsEveryFlag) {
   const ReplayOptions options = Parsed({"--name",
                                         "code2",

@@ -55,17 +55,30 @@ ReplaySummary Summarize(const Scheduler& scheduler,
   return summary;
 }
 
+namespace {
+
+std::string FreshToJson(const std::optional<FreshCounts>& fresh) {
+  if (!fresh) return "";
+  return absl::StrFormat(
+      R"(,"fresh_pages":%d,"fresh_zero_pages":%d,"fresh_own_tenant_pages":%d,)"
+      R"("foreign_patterns":%d,"fresh_garbage_lines":%d,"fresh_errors":%d)",
+      fresh->pages, fresh->zero_pages, fresh->own_pages,
+      fresh->foreign_patterns, fresh->garbage, fresh->errors);
+}
+
+}  // namespace
+
 // The name needs no escaping: its characters are checked with the options.
 std::string SummaryToJson(const ReplaySummary& s) {
   return absl::StrFormat(
       R"({"name":"%s","mode":"%s","requests":%d,"rejected":%d,)"
       R"("unfinished":%d,"wait_p99_ms":%.3f,"wait_mean_ms":%.3f,)"
       R"("wait_max_ms":%.3f,"preemptions":%d,"integrity_errors":%d,)"
-      R"("blocks_written":%d,"late_max_ms":%.3f,"seconds":%.3f})"
+      R"("blocks_written":%d,"late_max_ms":%.3f,"seconds":%.3f%s})"
       "\n",
       s.name, s.mode, s.requests, s.rejected, s.unfinished, s.wait_p99_ms,
       s.wait_mean_ms, s.wait_max_ms, s.preemptions, s.integrity_errors,
-      s.blocks_written, s.late_max_ms, s.seconds);
+      s.blocks_written, s.late_max_ms, s.seconds, FreshToJson(s.fresh));
 }
 
 std::string SummaryToText(const ReplaySummary& s) {

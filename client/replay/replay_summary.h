@@ -3,11 +3,13 @@
 #define KVBROKER_CLIENT_REPLAY_REPLAY_SUMMARY_H_
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "absl/time/time.h"
+#include "client/replay/fresh_counts.h"
 #include "client/replay/pattern.h"
 #include "client/replay/scheduler.h"
 
@@ -29,6 +31,8 @@ struct ReplaySummary {
   int64_t blocks_written = 0;
   double late_max_ms = 0;  // real: how late a step came at worst
   double seconds = 0;      // real: from the start of trace time to the end
+  // What was in pages that came, where it was looked at.
+  std::optional<FreshCounts> fresh;
 };
 
 // Fills all that the scheduler and the pattern know.

@@ -64,6 +64,22 @@ TEST(ReplaySummaryTest, JsonIsOneObjectOnOneLine) {
             "\n");
 }
 
+TEST(ReplaySummaryTest, JsonSaysWhatWasInPagesWhereItWasLookedAt) {
+  EXPECT_TRUE(absl::EndsWith(
+      SummaryToJson({.name = "conv",
+                     .mode = "elastic",
+                     .fresh = FreshCounts{.pages = 1,
+                                          .zero_pages = 2,
+                                          .own_pages = 3,
+                                          .foreign_patterns = 4,
+                                          .garbage = 5,
+                                          .errors = 6}}),
+      R"("seconds":0.000,"fresh_pages":1,"fresh_zero_pages":2,)"
+      R"("fresh_own_tenant_pages":3,"foreign_patterns":4,)"
+      R"("fresh_garbage_lines":5,"fresh_errors":6})"
+      "\n"));
+}
+
 TEST(ReplaySummaryTest, TextNamesTheEngine) {
   EXPECT_TRUE(absl::StartsWith(
       SummaryToText({.name = "conv", .mode = "static", .requests = 12}),

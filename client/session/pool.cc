@@ -7,6 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include "broker/base/check.h"
 #include "broker/base/status_macros.h"
+#include "broker/device/device_lost.h"
 
 namespace kvbroker::client {
 namespace {
@@ -31,6 +32,8 @@ constexpr absl::Duration kReportEvery = absl::Milliseconds(5);
 constexpr absl::Duration kPromiseKept = absl::Seconds(1);
 // A page that could not be unmapped is tried again after this.
 constexpr absl::Duration kUnmapAgain = absl::Milliseconds(1);
+// The same, and a mapping, where the device does not work.
+constexpr absl::Duration kLostPause = absl::Seconds(1);
 
 }  // namespace
 
@@ -259,6 +262,7 @@ PoolUsage Pool::usage() {
 
 absl::Status Pool::health() {
   MutexLock lock(&mu_);
+  if (!device_error_.ok()) return device_error_;
   return connected_ ? absl::OkStatus() : why_not_;
 }
 
@@ -275,6 +279,25 @@ PageCount Pool::MissingPages(size_t blocks) {
   // is missing then.
   return static_cast<PageCount>((missing + blocks_per_page_ - 1) /
                                 blocks_per_page_);
+}
+
+void Pool::Heed(const absl::Status& of_mapper) {
+  if (IsPoisoned(device_error_)) return;
+  if (of_mapper.ok()) {
+    device_error_ = absl::OkStatus();
+  } else if (IsPoisoned(of_mapper)) {
+    device_error_ = MarkPoisoned(absl::InternalError(absl::StrCat(
+        "the device does not work for this process any more, restart it: ",
+        of_mapper.message(),
+        "; its pages are free for others when it has ended")));
+  } else if (IsDeviceLost(of_mapper)) {
+    device_error_ = MarkDeviceLost(absl::UnavailableError(
+        absl::StrCat("the device does not work: ", of_mapper.message())));
+  }
+}
+
+absl::Duration Pool::UnmapPause() {
+  return device_error_.ok() ? kUnmapAgain : kLostPause;
 }
 
 PageCount Pool::held_pages() {
@@ -394,6 +417,7 @@ void Pool::OnGranted(const Granted& granted,
         std::make_move_iterator(first + static_cast<ptrdiff_t>(per_page)));
     absl::Status status = mapper_->Map(name.index, std::move(handles));
     MutexLock lock(&mu_);
+    Heed(status);
     --arriving_;
     if (!status.ok() || closed_) {
       if (status.ok()) static_cast<void>(mapper_->Unmap(name.index));
@@ -420,9 +444,11 @@ void Pool::OnGranted(const Granted& granted,
       wished.pages = std::max<PageCount>(wished.pages - came, 0);
       if (came > 0) ahead_after_ = absl::InfinitePast();
       if (question->cancelled) wished.retry_at = absl::InfinitePast();
-      if (!mapped.failed.empty()) wished.retry_at = now + kAskAgain;
+      if (!mapped.failed.empty()) {
+        wished.retry_at = now + (device_error_.ok() ? kAskAgain : kLostPause);
+      }
     } else if (!mapped.failed.empty()) {
-      ahead_after_ = now + kAheadPause;
+      ahead_after_ = now + (device_error_.ok() ? kAheadPause : kLostPause);
     }
     memory_came_.SignalAll();
     Changed();
@@ -536,6 +562,7 @@ std::vector<PageName> Pool::GiveUp(absl::Span<const PageIndex> pages) {
   for (PageIndex page : pages) {
     absl::Status unmapped = mapper_->Unmap(page);
     MutexLock lock(&mu_);
+    Heed(unmapped);
     if (unmapped.ok()) {
       gone.push_back({page, table_.page_generation(page)});
       KVB_CHECK(table_.Returned(page).ok());
@@ -587,10 +614,12 @@ absl::Time Pool::ObeyOrder(absl::Time now) {
   }
   answer.given = GiveUp(pages);
   const bool unmapped_all = answer.given.size() == pages.size();
-  absl::Time again = now + kUnmapAgain;
+  absl::Time again;
   bool send;
   {
     MutexLock lock(&mu_);
+    again = now + UnmapPause();
+    const bool poisoned = IsPoisoned(device_error_);
     answer.kept = std::max<PageCount>(held_pages() - order_->hold_at_most, 0);
     // Empty pages that steps or running work still use go a little later.
     size_t later = table_.pages(PageTier::kClosed) +
@@ -601,8 +630,13 @@ absl::Time Pool::ObeyOrder(absl::Time now) {
         std::any_of(questions_.begin(), questions_.end(),
                     [](const Question& question) { return !question.credit; });
     answer.final =
-        answer.kept == 0 ? !more_may_come : tier <= Tier::kCached && later == 0;
-    if (answer.kept > 0) answer.reason = later > 0 ? "step running" : "in use";
+        answer.kept == 0 ? !more_may_come
+                         : poisoned || (tier <= Tier::kCached && later == 0);
+    if (answer.kept > 0) {
+      answer.reason = poisoned    ? "the device is lost to this process"
+                      : later > 0 ? "step running"
+                                  : "in use";
+    }
     send = !answer.given.empty() || answer.final || !order_answered_;
     order_answered_ = true;
     if (answer.final) {
@@ -627,6 +661,7 @@ absl::Time Pool::Decay(absl::Time now) {
   {
     MutexLock lock(&mu_);
     idle_rose_ = false;
+    if (IsPoisoned(device_error_)) return due;
     const PageCount guarded = guarded_pages(now);
     if (guarded > 0) due = guarded_until_;
     // Who waits for more pages will need these as well.
@@ -663,7 +698,8 @@ absl::Time Pool::Decay(absl::Time now) {
   Return message;
   message.pages = GiveUp(pages);
   if (message.pages.size() < pages.size()) {
-    due = std::min(due, now + kUnmapAgain);
+    MutexLock lock(&mu_);
+    due = std::min(due, now + UnmapPause());
   }
   if (message.pages.empty()) return due;
   MutexLock lock(&mu_);
@@ -729,7 +765,8 @@ absl::Time Pool::Pursue(Urgency urgency, absl::Time now) {
     wished.pages = 0;
   }
   if (wished.pages > 0) due = wished.renewed_at + kWishLife;
-  if (!connected_) return due;
+  // Pages that cannot be mapped would be taken from others in vain.
+  if (!connected_ || IsPoisoned(device_error_)) return due;
   const PageCount needed = std::max<PageCount>(wished.pages - arriving_, 0);
   Question* question = QuestionOf(urgency);
   if (question != nullptr && needed != question->at_least) {
@@ -860,7 +897,11 @@ absl::Time Pool::Leave(absl::Time now) {
   message.pool = id_;
   std::erase_if(leaving_, [&](PageIndex page) {
     mu_.AssertHeld();
-    if (!mapper_->Unmap(page).ok()) return false;
+    const absl::Status unmapped = mapper_->Unmap(page);
+    Heed(unmapped);
+    // It goes with the process, and is lent until then.
+    if (IsDeviceLost(unmapped)) return true;
+    if (!unmapped.ok()) return false;
     message.pages.push_back({page, table_.page_generation(page)});
     return true;
   });

@@ -53,6 +53,8 @@ struct PoolOptions {
   PoolGeometry geometry;
   Bytes block_bytes;  // all layers together
   bool reserve_null_block = false;
+  // Slots without a page do not fault; see Mapper::Guard for what it costs.
+  bool guard = false;
   // Pages kept mapped ahead of need, while there is free memory for it.
   bool map_ahead = true;
   PageCount min_reserved_pages = 5;
@@ -133,7 +135,9 @@ class Pool {
   PageCount pages_to_vacate();
 
   PoolUsage usage();
-  // OK while the broker is there; growth waits otherwise.
+  // OK while the broker is there; growth waits otherwise. Where the device does
+  // not work for this process, it says so and what to do: blocks that are taken
+  // stay taken, no page comes or goes, and Close ends all the same.
   absl::Status health();
   // REQUIRES the contiguous layout for `block_data`.
   std::byte* block_data(BlockId block) const {
@@ -223,6 +227,10 @@ class Pool {
   // Unmaps RETURNING pages; what could be unmapped is gone from the table.
   std::vector<PageName> GiveUp(absl::Span<const PageIndex> pages)
       ABSL_LOCKS_EXCLUDED(mu_);
+  // What Map or Unmap answered, for health.
+  void Heed(const absl::Status& of_mapper) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // How soon a page that could not be unmapped is tried again.
+  absl::Duration UnmapPause() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
   const PoolOptions options_;
   const std::unique_ptr<Mapper> mapper_;
@@ -237,6 +245,8 @@ class Pool {
   bool connected_ ABSL_GUARDED_BY(mu_) = false;
   bool closed_ ABSL_GUARDED_BY(mu_) = false;
   absl::Status why_not_ ABSL_GUARDED_BY(mu_);
+  // Of the mapper, while the device is lost to this process.
+  absl::Status device_error_ ABSL_GUARDED_BY(mu_);
   Bytes max_ ABSL_GUARDED_BY(mu_), capacity_ ABSL_GUARDED_BY(mu_);
   StepId scheduled_ ABSL_GUARDED_BY(mu_) = 0;
   bool in_step_ ABSL_GUARDED_BY(mu_) = false;

@@ -8,6 +8,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "broker/base/status_macros.h"
+#include "broker/device/device_lost.h"
 
 namespace kvbroker::client {
 namespace {
@@ -52,6 +53,7 @@ absl::StatusOr<std::unique_ptr<Session>> Session::Create(
   for (const PoolOptions& pool : session->options_.pools) {
     ASSIGN_OR_RETURN(std::unique_ptr<Mapper> mapper,
                      make_mapper(pool.geometry));
+    if (pool.guard) RETURN_IF_ERROR(mapper->Guard());
     if (session->options_.wrap_mapper) {
       mapper = session->options_.wrap_mapper(std::move(mapper));
     }
@@ -173,6 +175,10 @@ Opened Session::opened() {
 }
 
 absl::Status Session::health() {
+  for (const std::unique_ptr<Pool>& pool : pools_) {
+    absl::Status of_pool = pool->health();
+    if (IsDeviceLost(of_pool)) return of_pool;
+  }
   MutexLock lock(&mu_);
   if (!health_.ok()) return health_;
   if (!opened_) return absl::UnavailableError("the session is not open yet");

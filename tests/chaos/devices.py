@@ -61,6 +61,9 @@ class Device:
     def used_bytes(self) -> int | None:
         return None
 
+    def share(self) -> None:
+        """So that processes of other users may use it, too."""
+
     def close(self) -> None:
         pass
 
@@ -95,6 +98,9 @@ class FakeGpu(Device):
 
     def used_bytes(self) -> int | None:
         return self._nvml.used_bytes()
+
+    def share(self) -> None:
+        self._folder.chmod(0o777)
 
     def close(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)

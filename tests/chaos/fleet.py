@@ -63,14 +63,19 @@ class Engine:
         """Bytes of broker memory that the process maps, by the kernel's word. None: it has none to say."""
         return self.device.mapped_bytes(self.pid)
 
+    def summary(self) -> dict[str, object]:
+        """What it said at its end; nothing where it said nothing."""
+        try:
+            summary: dict[str, object] = json.loads(self.log.read_text(errors="replace").splitlines()[-1])
+        except (IndexError, ValueError):
+            summary = {}
+        return summary
+
     def check_ended_well(self) -> dict[str, object]:
         """Its summary. Raises where it failed or its data was not what it had written."""
         status = self.process.wait(PATIENCE_S)
         text = self.log.read_text(errors="replace")
-        try:
-            summary = json.loads(text.splitlines()[-1])
-        except (IndexError, ValueError):
-            summary = {}
+        summary = self.summary()
         if status == -signal.SIGTERM and not text:
             return {}  # ended before it had begun
         if status != 0 or summary.get("integrity_errors") != 0:
@@ -201,6 +206,10 @@ class Fleet:
     def limit_unit(self) -> int:
         """What is 1 MiB to the host's engines."""
         return MIB * devices.Device.scale // self.device.scale
+
+    def share_device(self) -> None:
+        """So that engines of other users may use it, too."""
+        self.device.share()
 
     # ---- the broker ----
 

@@ -71,6 +71,10 @@ class FakeCuda {
   }
   // From now on whatever needs a context fails so.
   void Poison(int result) const { Call<void(int)>("fakeCudaPoison")(result); }
+  // From now on nothing works on the device, in any process of the machine:
+  // calls of CUDA that have to do with memory answer so, NVML's that the GPU is
+  // lost. 0: it is back. Handles can be released all the time.
+  void Lose(int result) const { Call<void(int)>("fakeCudaLose")(result); }
   // Memory of the device that somebody else has.
   void SetForeign(int device, int64_t bytes) const {
     Call<void(int, int64_t)>("fakeCudaSetForeign")(device, bytes);

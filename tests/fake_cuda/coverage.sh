@@ -16,10 +16,11 @@ tests=(
   broker/device/cuda/cuda_backend_test
   broker/device/cuda/cuda_conformance_test
   client/arena/cuda_mapper_test
+  client/arena/make_mapper_test
 )
 files=(
   broker/device/cuda/{cuda_status,driver,nvml_device,probe,cuda_backend}.cc
-  client/arena/cuda_mapper.cc
+  client/arena/{cuda_mapper,cuda_driver}.cc
 )
 
 targets=()

@@ -55,6 +55,7 @@ struct Machine {
   unsigned long long next_file;
   long long charged[kMaxDevices];  // may be too high until a sweep
   long long foreign[kMaxDevices];
+  int lost;  // what calls answer that need the device; 0: it is there
 };
 
 struct Allocation {
@@ -334,6 +335,10 @@ int EnterCuda(const char* call, Needs needs = Needs::kInit) {
   Fake& f = fake();
   std::lock_guard<std::mutex> lock(f.mu);
   if (!f.initialized) return CUDA_ERROR_NOT_INITIALIZED;
+  if (f.machine->lost != 0 && strncmp(call, "cuMem", 5) == 0 &&
+      strcmp(call, "cuMemRelease") != 0) {
+    return f.machine->lost;
+  }
   if (needs == Needs::kContext) {
     if (f.poison != 0) return f.poison;
     if (current.empty()) return CUDA_ERROR_INVALID_CONTEXT;
@@ -884,7 +889,8 @@ unsigned long long UsedOf(Fake& f, int device) {
   if (int entered = Enter(__func__)) return entered; \
   Fake& f = fake();                                  \
   std::lock_guard<std::mutex> lock(f.mu);            \
-  if (f.nvml_users == 0) return 1 /* NVML_ERROR_UNINITIALIZED */
+  if (f.nvml_users == 0) return 1; /* NVML_ERROR_UNINITIALIZED */ \
+  if (f.machine->lost != 0) return NVML_ERROR_GPU_IS_LOST
 
 }  // namespace
 
@@ -1019,6 +1025,12 @@ EXPORTED void fakeCudaPoison(int result) {
   std::lock_guard<std::mutex> lock(f.mu);
   f.poison = result;
   f.work_ended.notify_all();
+}
+
+EXPORTED void fakeCudaLose(int result) {
+  Fake& f = fake();
+  std::lock_guard<std::mutex> lock(f.mu);
+  if (Configure(f)) f.machine->lost = result;
 }
 
 EXPORTED void fakeCudaSetForeign(int device, int64_t bytes) {

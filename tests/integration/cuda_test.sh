@@ -19,11 +19,12 @@ grep -q "backend=cuda (cuda: the best here; Fake GPU" "$WORK/broker.log" ||
 # Two want more than there is, and a third is killed meanwhile.
 replay() {
   start "$1" "$REPLAY" --name "$1" --address "$ADDRESS" --scale 64 \
-    --speedup 40 --window 400 --trace "builtin:$2" --json
+    --speedup 40 --window 400 --trace "builtin:$2" --json "${@:3}"
 }
 replay chat conv
 CHAT=$LAST
-replay code code
+# With memory behind the addresses of pages that it does not hold.
+replay code code --guard
 CODE=$LAST
 replay victim conv
 VICTIM=$LAST
@@ -47,6 +48,36 @@ for name in chat code; do
   grep -q '"integrity_errors":0' <(tr -d ' ' <"$WORK/$name.log") ||
     fail "the data of $name is not whole"
 done
+
+# Whose context is poisoned says so and ends; the broker has its pages back.
+KVBROKER_FAKE_CUDA_FAIL=cuMemMap:3:700 exits 1 "$REPLAY" --name poisoned \
+  --address "$ADDRESS" --scale 64 --speedup 40 --window 400
+grep -q "does not work for this process any more, restart it: .*ILLEGAL_ADDRESS" \
+  "$WORK/stderr" || fail "unclear: $(cat "$WORK/stderr")"
+left() { ! kvctl list --json | grep -q poisoned; }
+eventually 10 left || fail "who is poisoned is still listed"
+
+# A GPU that is lost: everybody is told, and the broker goes on when it is back.
+lose() {
+  python3 -c "import ctypes, sys
+ctypes.CDLL(sys.argv[1]).fakeCudaLose(int(sys.argv[2]))" "$FAKE" "$1"
+}
+if [[ -z ${ASAN_OPTIONS:-} ]]; then # Python does not load what has ASan in it
+  start idle "$REPLAY" --name idle --address "$ADDRESS" --scale 64
+  IDLE=$LAST
+  eventually 30 at_least idle held_bytes 1 || fail "idle does not grow"
+  kill -STOP "$IDLE"
+  lose 100
+  lost() { kvctl list | grep -q "GPU_IS_LOST\|NO_DEVICE"; }
+  eventually 20 lost || fail "kvctl does not say that the GPU is lost"
+  kvctl list --json | grep -q '"broker_state": *"lost"' || fail "nor as JSON"
+  lose 0
+  back() { kvctl list --json | grep -q '"broker_state": *"serving"'; }
+  eventually 20 back || fail "the GPU does not come back"
+  kill -CONT "$IDLE"
+  kill "$IDLE"
+  wait "$IDLE" || fail "idle failed"
+fi
 
 # Who maps another kind of memory is told so.
 exits 1 "$REPLAY" --name other --address "$ADDRESS" --backend host \

@@ -62,7 +62,10 @@ inline constexpr CUresult CUDA_ERROR_SYSTEM_NOT_READY = 802;
 inline constexpr CUresult CUDA_ERROR_SYSTEM_DRIVER_MISMATCH = 803;
 inline constexpr CUresult CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE = 804;
 inline constexpr CUresult CUDA_ERROR_MPS_CONNECTION_FAILED = 805;
+inline constexpr CUresult CUDA_ERROR_MPS_RPC_FAILURE = 806;
+inline constexpr CUresult CUDA_ERROR_MPS_SERVER_NOT_READY = 807;
 inline constexpr CUresult CUDA_ERROR_MPS_MAX_CONNECTIONS_REACHED = 809;
+inline constexpr CUresult CUDA_ERROR_MPS_CLIENT_TERMINATED = 810;
 inline constexpr CUresult CUDA_ERROR_UNKNOWN = 999;
 
 // CUdevice_attribute
@@ -182,6 +185,7 @@ inline constexpr nvmlReturn_t NVML_ERROR_INSUFFICIENT_SIZE = 7;
 inline constexpr nvmlReturn_t NVML_ERROR_DRIVER_NOT_LOADED = 9;
 inline constexpr nvmlReturn_t NVML_ERROR_FUNCTION_NOT_FOUND = 13;
 inline constexpr nvmlReturn_t NVML_ERROR_GPU_IS_LOST = 15;
+inline constexpr nvmlReturn_t NVML_ERROR_RESET_REQUIRED = 16;
 inline constexpr nvmlReturn_t NVML_ERROR_LIB_RM_VERSION_MISMATCH = 18;
 inline constexpr nvmlReturn_t NVML_ERROR_UNKNOWN = 999;
 

@@ -96,7 +96,7 @@ absl::StatusOr<Handle> CudaBackend::Create(Bytes size) {
                            ", total ", memory->total.count())
             : ""));
   }
-  RETURN_IF_ERROR(CudaStatusOfDescriptorCall(result, "cuMemCreate"));
+  RETURN_IF_ERROR(Explained(CudaStatusOfDescriptorCall(result, "cuMemCreate")));
   MutexLock lock(&mu_);
   const uint64_t token = next_token_++;
   live_[token].made = made;
@@ -146,10 +146,10 @@ absl::StatusOr<UniqueFd> CudaBackend::ExportAnew(
     cuda::CUmemGenericAllocationHandle made) {
   exports_.fetch_add(1, std::memory_order_relaxed);
   int number = -1;
-  RETURN_IF_ERROR(CudaStatusOfDescriptorCall(
+  RETURN_IF_ERROR(Explained(CudaStatusOfDescriptorCall(
       driver_->cuda().cuMemExportToShareableHandle(
           &number, made, cuda::kHandlePosixDescriptor, 0),
-      "cuMemExportToShareableHandle"));
+      "cuMemExportToShareableHandle")));
   UniqueFd fd(number);
   if (fcntl(number, F_SETFD, FD_CLOEXEC) != 0) {
     return ErrnoToStatus(errno, "F_SETFD of an export");
@@ -206,6 +206,14 @@ bool CudaBackend::DropKept() {
 size_t CudaBackend::kept_descriptors() {
   MutexLock lock(&mu_);
   return kept_;
+}
+
+absl::Status CudaBackend::Explained(absl::Status status) {
+  if (!absl::IsInternal(status) || IsDeviceLost(status)) return status;
+  const absl::Status reading = ReadMemory().status();
+  if (!IsDeviceLost(reading)) return status;
+  return MarkDeviceLost(absl::Status(
+      reading.code(), absl::StrCat(status.message(), "; ", reading.message())));
 }
 
 absl::StatusOr<NvmlMemory> CudaBackend::ReadMemory() {

@@ -103,6 +103,9 @@ class CudaBackend : public Backend {
 
   void Release(uint64_t token) override;
   absl::StatusOr<NvmlMemory> ReadMemory();
+  // Of a driver call. To an error that names no cause NVML may know one: a lost
+  // GPU.
+  absl::Status Explained(absl::Status status);
 
   const std::unique_ptr<CudaDriver> driver_;
   const CudaDevice device_;

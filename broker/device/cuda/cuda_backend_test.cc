@@ -106,6 +106,25 @@ TEST(CudaStatusTest, StickyErrorsAreKnownAgain) {
   EXPECT_FALSE(IsPoisoned(absl::OkStatus()));
 }
 
+TEST(CudaStatusTest, ALostDeviceIsKnownAgain) {
+  for (int result :
+       {cuda::CUDA_ERROR_NO_DEVICE, cuda::CUDA_ERROR_INVALID_DEVICE,
+        cuda::CUDA_ERROR_DEVICE_UNAVAILABLE, cuda::CUDA_ERROR_SYSTEM_NOT_READY,
+        cuda::CUDA_ERROR_ECC_UNCORRECTABLE, cuda::CUDA_ERROR_MPS_RPC_FAILURE,
+        cuda::CUDA_ERROR_MPS_CLIENT_TERMINATED}) {
+    EXPECT_TRUE(IsDeviceLost(CudaStatus(result, "f"))) << result;
+    EXPECT_TRUE(IsDeviceLost(CudaStatusOfDescriptorCall(result, "f")));
+  }
+  for (int result : {cuda::CUDA_ERROR_OUT_OF_MEMORY, cuda::CUDA_ERROR_UNKNOWN,
+                     cuda::CUDA_ERROR_NOT_SUPPORTED}) {
+    EXPECT_FALSE(IsDeviceLost(CudaStatus(result, "f"))) << result;
+  }
+  EXPECT_TRUE(IsDeviceLost(NvmlStatus(cuda::NVML_ERROR_GPU_IS_LOST, "f")));
+  EXPECT_TRUE(IsDeviceLost(NvmlStatus(cuda::NVML_ERROR_RESET_REQUIRED, "f")));
+  EXPECT_FALSE(IsDeviceLost(NvmlStatus(cuda::NVML_ERROR_NOT_FOUND, "f")));
+  EXPECT_FALSE(IsDeviceLost(absl::OkStatus()));
+}
+
 TEST(NvmlStatusTest, SaysThatItIsNvmls) {
   EXPECT_TRUE(NvmlStatus(0, "f").ok());
   absl::Status status = NvmlStatus(cuda::NVML_ERROR_GPU_IS_LOST, "f");
@@ -305,6 +324,9 @@ TEST_F(CudaTest, Cuda11_4WithItsNvmlIsEnough) {
   auto handle = (*backend)->Create(MiB(4));
   ASSERT_TRUE(handle.ok()) << handle.status();
   EXPECT_EQ(*(*backend)->UsedBytes() - before, MiB(4));
+  EXPECT_EQ((*backend)->UsedByProcess().status().code(),
+            StatusCode::kUnimplemented)
+      << "its NVML does not say";
   handle->Reset();
   backend->reset();
   unsetenv("KVBROKER_FAKE_CUDA_VMM");
@@ -377,6 +399,45 @@ TEST_F(CudaTest, WhatFailsHoldsNothing) {
   EXPECT_TRUE((*backend)->Export(*handle).ok());
   fake_.Fail("nvmlDeviceGetMemoryInfo_v2", 1, cuda::NVML_ERROR_GPU_IS_LOST);
   EXPECT_EQ((*backend)->UsedBytes().status().code(), StatusCode::kUnavailable);
+}
+
+TEST_F(CudaTest, AnErrorThatNamesNoCauseIsExplainedByNvml) {
+  auto backend = *Make();
+  Handle handle = *backend->Create(MiB(2));
+  const FakeCudaBooks before = fake_.Books();
+  for (int lost : {cuda::NVML_ERROR_GPU_IS_LOST,
+                   cuda::NVML_ERROR_RESET_REQUIRED}) {
+    fake_.Fail("cuMemCreate", 1, cuda::CUDA_ERROR_UNKNOWN);
+    fake_.Fail("nvmlDeviceGetMemoryInfo_v2", 1, lost);
+    const absl::Status made = backend->Create(MiB(2)).status();
+    EXPECT_TRUE(IsDeviceLost(made)) << made;
+    EXPECT_TRUE(Has(made, "cuMemCreate") && Has(made, "UNKNOWN")) << made;
+    EXPECT_TRUE(Has(made, "nvmlDeviceGetMemoryInfo_v2")) << made;
+    fake_.Fail("cuMemExportToShareableHandle", 1,
+               cuda::CUDA_ERROR_OPERATING_SYSTEM);
+    fake_.Fail("nvmlDeviceGetMemoryInfo_v2", 1, lost);
+    EXPECT_TRUE(IsDeviceLost(backend->Export(handle).status()));
+    EXPECT_EQ(fake_.Books(), before);
+  }
+  fake_.Fail("cuMemCreate", 1, cuda::CUDA_ERROR_UNKNOWN);
+  EXPECT_FALSE(IsDeviceLost(backend->Create(MiB(2)).status()))
+      << "NVML knows of nothing";
+  EXPECT_TRUE(backend->Create(MiB(2)).ok());
+}
+
+TEST_F(CudaTest, AGpuThatIsLostAtTheStartIsRefused) {
+  fake_.Lose(cuda::CUDA_ERROR_NO_DEVICE);
+  auto backend = Make();
+  EXPECT_FALSE(backend.ok());
+  EXPECT_TRUE(IsDeviceLost(backend.status())) << backend.status();
+  fake_.Lose(0);
+  EXPECT_TRUE(Make().ok());
+}
+
+TEST_F(CudaTest, WhatIsNoHandleOfItsIsNotExported) {
+  auto backend = *Make();
+  EXPECT_EQ(backend->Export(Handle()).status().code(),
+            StatusCode::kInvalidArgument);
 }
 
 TEST_F(CudaTest, ARefusalForLackOfMemoryHasTheFigures) {

@@ -4,7 +4,8 @@
 #include <fcntl.h>
 #include <sys/resource.h>
 
-#include "absl/strings/cord.h"
+#include <utility>
+
 #include "absl/strings/str_cat.h"
 #include "broker/base/unique_fd.h"
 
@@ -13,14 +14,15 @@ namespace {
 
 using absl::StatusCode;
 
-constexpr char kPoisonedUrl[] = "kvbroker/cuda_poisoned";
+// Of the device, for whoever works with it already.
+enum class Loss { kNone, kLost, kSticky };
 
 struct Meaning {
   int result;
   StatusCode code;
   const char* name;
   const char* advice = "";
-  bool sticky = false;
+  Loss loss = Loss::kNone;
 };
 
 constexpr char kPoisoned[] =
@@ -43,46 +45,48 @@ constexpr Meaning kCudaErrors[] = {
      "INSUFFICIENT_DRIVER", "; the NVIDIA driver is too old: update it"},
     {cuda::CUDA_ERROR_DEVICE_UNAVAILABLE, StatusCode::kUnavailable,
      "DEVICE_UNAVAILABLE",
-     "; another process has the GPU for itself (compute mode, nvidia-smi -q)"},
+     "; another process has the GPU for itself (compute mode, nvidia-smi -q)",
+     Loss::kLost},
     {cuda::CUDA_ERROR_NO_DEVICE, StatusCode::kNotFound, "NO_DEVICE",
-     "; there is no GPU, or CUDA_VISIBLE_DEVICES hides it"},
-    {cuda::CUDA_ERROR_INVALID_DEVICE, StatusCode::kNotFound, "INVALID_DEVICE"},
+     "; there is no GPU, or CUDA_VISIBLE_DEVICES hides it", Loss::kLost},
+    {cuda::CUDA_ERROR_INVALID_DEVICE, StatusCode::kNotFound, "INVALID_DEVICE",
+     "", Loss::kLost},
     {cuda::CUDA_ERROR_INVALID_CONTEXT, StatusCode::kInternal,
      "INVALID_CONTEXT"},
     {cuda::CUDA_ERROR_ECC_UNCORRECTABLE, StatusCode::kInternal,
-     "ECC_UNCORRECTABLE", kPoisoned, true},
+     "ECC_UNCORRECTABLE", kPoisoned, Loss::kSticky},
     {cuda::CUDA_ERROR_NVLINK_UNCORRECTABLE, StatusCode::kInternal,
-     "NVLINK_UNCORRECTABLE", kPoisoned, true},
+     "NVLINK_UNCORRECTABLE", kPoisoned, Loss::kSticky},
     {cuda::CUDA_ERROR_OPERATING_SYSTEM, StatusCode::kInternal,
      "OPERATING_SYSTEM", "; may this user open /dev/nvidia* ?"},
     {cuda::CUDA_ERROR_INVALID_HANDLE, StatusCode::kInvalidArgument,
      "INVALID_HANDLE"},
     {cuda::CUDA_ERROR_NOT_READY, StatusCode::kUnavailable, "NOT_READY"},
     {cuda::CUDA_ERROR_ILLEGAL_ADDRESS, StatusCode::kInternal, "ILLEGAL_ADDRESS",
-     kPoisoned, true},
+     kPoisoned, Loss::kSticky},
     {cuda::CUDA_ERROR_LAUNCH_TIMEOUT, StatusCode::kInternal, "LAUNCH_TIMEOUT",
-     kPoisoned, true},
+     kPoisoned, Loss::kSticky},
     {cuda::CUDA_ERROR_CONTEXT_IS_DESTROYED, StatusCode::kInternal,
-     "CONTEXT_IS_DESTROYED", kPoisoned, true},
-    {cuda::CUDA_ERROR_ASSERT, StatusCode::kInternal, "ASSERT", kPoisoned, true},
+     "CONTEXT_IS_DESTROYED", kPoisoned, Loss::kSticky},
+    {cuda::CUDA_ERROR_ASSERT, StatusCode::kInternal, "ASSERT", kPoisoned, Loss::kSticky},
     {cuda::CUDA_ERROR_HARDWARE_STACK_ERROR, StatusCode::kInternal,
-     "HARDWARE_STACK_ERROR", kPoisoned, true},
+     "HARDWARE_STACK_ERROR", kPoisoned, Loss::kSticky},
     {cuda::CUDA_ERROR_ILLEGAL_INSTRUCTION, StatusCode::kInternal,
-     "ILLEGAL_INSTRUCTION", kPoisoned, true},
+     "ILLEGAL_INSTRUCTION", kPoisoned, Loss::kSticky},
     {cuda::CUDA_ERROR_MISALIGNED_ADDRESS, StatusCode::kInternal,
-     "MISALIGNED_ADDRESS", kPoisoned, true},
+     "MISALIGNED_ADDRESS", kPoisoned, Loss::kSticky},
     {cuda::CUDA_ERROR_INVALID_ADDRESS_SPACE, StatusCode::kInternal,
-     "INVALID_ADDRESS_SPACE", kPoisoned, true},
+     "INVALID_ADDRESS_SPACE", kPoisoned, Loss::kSticky},
     {cuda::CUDA_ERROR_INVALID_PC, StatusCode::kInternal, "INVALID_PC",
-     kPoisoned, true},
+     kPoisoned, Loss::kSticky},
     {cuda::CUDA_ERROR_LAUNCH_FAILED, StatusCode::kInternal, "LAUNCH_FAILED",
-     kPoisoned, true},
+     kPoisoned, Loss::kSticky},
     {cuda::CUDA_ERROR_NOT_PERMITTED, StatusCode::kPermissionDenied,
      "NOT_PERMITTED"},
     {cuda::CUDA_ERROR_NOT_SUPPORTED, StatusCode::kUnimplemented,
      "NOT_SUPPORTED"},
     {cuda::CUDA_ERROR_SYSTEM_NOT_READY, StatusCode::kUnavailable,
-     "SYSTEM_NOT_READY", "; is nvidia-fabricmanager running?"},
+     "SYSTEM_NOT_READY", "; is nvidia-fabricmanager running?", Loss::kLost},
     {cuda::CUDA_ERROR_SYSTEM_DRIVER_MISMATCH, StatusCode::kFailedPrecondition,
      "SYSTEM_DRIVER_MISMATCH",
      "; libcuda and the kernel's driver are of different versions: reboot, or "
@@ -92,8 +96,18 @@ constexpr Meaning kCudaErrors[] = {
      "; the driver is too old for this libcuda: update it"},
     {cuda::CUDA_ERROR_MPS_CONNECTION_FAILED, StatusCode::kUnavailable,
      "MPS_CONNECTION_FAILED", "; the MPS daemon does not answer"},
+    {cuda::CUDA_ERROR_MPS_RPC_FAILURE, StatusCode::kUnavailable,
+     "MPS_RPC_FAILURE", "; the MPS server has failed", Loss::kLost},
+    {cuda::CUDA_ERROR_MPS_SERVER_NOT_READY, StatusCode::kUnavailable,
+     "MPS_SERVER_NOT_READY", "; the MPS server recovers from a fault",
+     Loss::kLost},
     {cuda::CUDA_ERROR_MPS_MAX_CONNECTIONS_REACHED, StatusCode::kUnavailable,
      "MPS_MAX_CONNECTIONS_REACHED"},
+    {cuda::CUDA_ERROR_MPS_CLIENT_TERMINATED, StatusCode::kInternal,
+     "MPS_CLIENT_TERMINATED",
+     "; another client's fault ended this one at the MPS server: every call "
+     "fails until this process ends",
+     Loss::kSticky},
     {cuda::CUDA_ERROR_UNKNOWN, StatusCode::kInternal, "UNKNOWN"},
 };
 
@@ -108,7 +122,9 @@ constexpr Meaning kNvmlErrors[] = {
     {cuda::NVML_ERROR_FUNCTION_NOT_FOUND, StatusCode::kUnimplemented,
      "FUNCTION_NOT_FOUND"},
     {cuda::NVML_ERROR_GPU_IS_LOST, StatusCode::kUnavailable, "GPU_IS_LOST",
-     "; the GPU fell off the bus: see dmesg for its Xid"},
+     "; the GPU fell off the bus: see dmesg for its Xid", Loss::kLost},
+    {cuda::NVML_ERROR_RESET_REQUIRED, StatusCode::kUnavailable,
+     "RESET_REQUIRED", "; reset the GPU (nvidia-smi --gpu-reset)", Loss::kLost},
     {cuda::NVML_ERROR_LIB_RM_VERSION_MISMATCH, StatusCode::kFailedPrecondition,
      "LIB_RM_VERSION_MISMATCH",
      "; NVML and the kernel's driver are of different versions: reboot"},
@@ -129,7 +145,8 @@ absl::Status ToStatus(const Meaning& meaning, std::string_view library,
       absl::StrCat(absl::string_view(call.data(), call.size()), " failed: ",
                    absl::string_view(library.data(), library.size()), " ",
                    meaning.name, " (", meaning.result, ")", meaning.advice));
-  if (meaning.sticky) status.SetPayload(kPoisonedUrl, absl::Cord());
+  if (meaning.loss == Loss::kSticky) return MarkPoisoned(std::move(status));
+  if (meaning.loss == Loss::kLost) return MarkDeviceLost(std::move(status));
   return status;
 }
 
@@ -140,10 +157,6 @@ absl::Status CudaStatus(cuda::CUresult result, std::string_view call) {
   return ToStatus(MeaningOf(result, kCudaErrors), "CUDA error", call);
 }
 
-bool IsPoisoned(const absl::Status& status) {
-  return status.GetPayload(kPoisonedUrl).has_value();
-}
-
 absl::Status NvmlStatus(cuda::nvmlReturn_t result, std::string_view call) {
   if (result == cuda::NVML_SUCCESS) return absl::OkStatus();
   return ToStatus(MeaningOf(result, kNvmlErrors), "NVML error", call);
@@ -152,7 +165,7 @@ absl::Status NvmlStatus(cuda::nvmlReturn_t result, std::string_view call) {
 absl::Status CudaStatusOfDescriptorCall(cuda::CUresult result,
                                         std::string_view call) {
   absl::Status status = CudaStatus(result, call);
-  if (status.ok() || IsPoisoned(status)) return status;
+  if (status.ok() || IsDeviceLost(status)) return status;
   UniqueFd next(open("/dev/null", O_RDONLY | O_CLOEXEC));
   if (next) return status;
   const int error = errno;

@@ -1,8 +1,9 @@
 // Where the driver's errors become statuses; nowhere else.
 //
 // A *sticky* error (a kernel that touched what it must not, an uncorrectable
-// bit, a lost GPU) stays: every later call of the process answers with it. Its
-// status says "poisoned", and IsPoisoned() knows it again.
+// bit) stays: every later call of the process answers with it. Its status says
+// "poisoned". Other errors say that the device is lost, for the time being at
+// least. IsPoisoned() and IsDeviceLost() know both again (device_lost.h).
 #ifndef KVBROKER_BROKER_DEVICE_CUDA_CUDA_STATUS_H_
 #define KVBROKER_BROKER_DEVICE_CUDA_CUDA_STATUS_H_
 
@@ -10,6 +11,7 @@
 
 #include "absl/status/status.h"
 #include "broker/device/cuda/cuda_abi.h"
+#include "broker/device/device_lost.h"
 
 namespace kvbroker {
 
@@ -22,8 +24,6 @@ namespace kvbroker {
 //   PERMISSION_DENIED, UNIMPLEMENTED, INVALID_ARGUMENT  as they say
 //   INTERNAL             the rest, poisoned ones too
 absl::Status CudaStatus(cuda::CUresult result, std::string_view call);
-
-bool IsPoisoned(const absl::Status& status);
 
 absl::Status NvmlStatus(cuda::nvmlReturn_t result, std::string_view call);
 

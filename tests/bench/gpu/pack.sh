@@ -7,6 +7,7 @@
 #   KVBROKER_TEST_REAL_GPU=1 build/gpu_bundle/run.sh cuda_conformance_test
 #   build/gpu_bundle/run.sh --fake cuda_floor      # the same, without a GPU
 #   build/gpu_bundle/tests/bench/gpu/run.sh        # the table of figures
+#   build/gpu_bundle/tests/bench/gpu/mps_fault.sh  # who survives a fault
 #   python3 -B tests/chaos/kill_engines.py --backend cuda --bin build/gpu_bundle
 #
 # kvcached's source distribution, which the last of them builds where the GPU
@@ -53,7 +54,8 @@ for program in "$out"/bin/*; do
 done
 
 mkdir -p "$out/tests/bench/gpu"
-cp tests/bench/gpu/{run.sh,bench_gpu.py,bench_kvcached.py} "$out/tests/bench/gpu/"
+cp tests/bench/gpu/{run.sh,bench_gpu.py,bench_kvcached.py,mps_fault.{sh,py}} \
+  "$out/tests/bench/gpu/"
 cp tests/bench/processes.py "$out/tests/bench/"
 compgen -G 'build/kvcached-*.tar.gz' >/dev/null ||
   tests/bench/gpu/fetch_kvcached.sh ||
