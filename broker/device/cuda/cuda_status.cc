@@ -49,6 +49,8 @@ constexpr Meaning kCudaErrors[] = {
     {cuda::CUDA_ERROR_INVALID_DEVICE, StatusCode::kNotFound, "INVALID_DEVICE"},
     {cuda::CUDA_ERROR_INVALID_CONTEXT, StatusCode::kInternal,
      "INVALID_CONTEXT"},
+    {cuda::CUDA_ERROR_ALREADY_MAPPED, StatusCode::kAlreadyExists,
+     "ALREADY_MAPPED"},
     {cuda::CUDA_ERROR_ECC_UNCORRECTABLE, StatusCode::kInternal,
      "ECC_UNCORRECTABLE", kPoisoned, true},
     {cuda::CUDA_ERROR_NVLINK_UNCORRECTABLE, StatusCode::kInternal,
