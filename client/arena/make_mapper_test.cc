@@ -3,6 +3,7 @@
 #include <cstdlib>
 
 #include "client/arena/cuda_mapper.h"
+#include "client/arena/gpu_mapper.h"
 #include "client/arena/host_mapper.h"
 #include "gtest/gtest.h"
 #include "tests/fake_cuda/control.h"
@@ -15,10 +16,12 @@ constexpr char kGpu[] = "GPU-fa6e0000-0000-4000-8000-000000000000";
 const PoolGeometry kGeometry = {
     .handle_bytes = MiB(2), .handles_per_page = 1, .max_pages = 4};
 
-TEST(MakeMapperTest, TheDevicesNameSaysTheKind) {
-  EXPECT_EQ(UsualBackend(kGpu), "cuda");
-  EXPECT_EQ(UsualBackend("HOST-42"), "host");
-  EXPECT_EQ(UsualBackend(""), "host");
+TEST(MakeMapperTest, ADeviceThatIsNoGpuHasTheHostsMemory) {
+  for (const char* device : {"HOST-42", ""}) {
+    auto mapper = MakeMapper("", device, kGeometry);
+    ASSERT_TRUE(mapper.ok()) << mapper.status();
+    EXPECT_NE(dynamic_cast<HostMapper*>(mapper->get()), nullptr);
+  }
 }
 
 TEST(MakeMapperTest, HostMemoryNeedsNoDriver) {
@@ -29,9 +32,10 @@ TEST(MakeMapperTest, HostMemoryNeedsNoDriver) {
 
 TEST(MakeMapperTest, AnUnknownKindIsAnsweredWithTheKnownOnes) {
   auto mapper = MakeMapper("rocm", "HOST-42", kGeometry);
-  EXPECT_EQ(mapper.status(), absl::InvalidArgumentError(
-                                 "a backend is one of host, cuda; it is "
-                                 "\"rocm\""));
+  EXPECT_EQ(mapper.status(),
+            absl::InvalidArgumentError(
+                "a backend is one of host, cuda, cuda_ipc; it is "
+                "\"rocm\""));
 }
 
 TEST(MakeMapperTest, CudaMemoryIsMappedOnTheGpuOfThatNameOnly) {
@@ -46,6 +50,11 @@ TEST(MakeMapperTest, CudaMemoryIsMappedOnTheGpuOfThatNameOnly) {
     auto mapper = MakeMapper("cuda", kGpu, kGeometry);
     ASSERT_TRUE(mapper.ok()) << mapper.status();
     EXPECT_NE(dynamic_cast<CudaMapper*>(mapper->get()), nullptr);
+  }
+  for (const char* backend : {"", "cuda_ipc"}) {
+    auto mapper = MakeMapper(backend, kGpu, kGeometry);
+    ASSERT_TRUE(mapper.ok()) << mapper.status();
+    EXPECT_NE(dynamic_cast<GpuMapper*>(mapper->get()), nullptr);
   }
   auto other = MakeMapper("cuda", "GPU-00000000-0000-0000-0000-000000000000",
                           kGeometry);

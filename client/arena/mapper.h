@@ -1,15 +1,17 @@
 // Mapper: a pool's address range, and the pages mapped into it.
 //
 //   ASSIGN_OR_RETURN(auto mapper, HostMapper::Create(geometry));
+//   RETURN_IF_ERROR(mapper->Begin(opened));
 //   RETURN_IF_ERROR(mapper->Map(page, std::move(descriptors)));
 //   ... engines read and write within mapper->region(0) ...
 //   RETURN_IF_ERROR(mapper->Unmap(page));
 //
-// The range is reserved once, for all pages the pool may ever hold, and costs no
-// memory. In the contiguous layout there is one region, and page p lies at
-// p * page bytes. In the per-layer layout there is a region for each handle of a
-// page (a layer's K or V buffer), and handle h of page p lies in region h at
-// p * handle bytes. An address that is not mapped faults.
+// The range is reserved once, for all pages the pool may ever hold, and costs
+// no memory. In the contiguous layout there is one region, and page p lies at
+// p * page bytes. In the per-layer layout there is a region for each handle of
+// a page (a layer's K or V buffer), and handle h of page p lies in region h at
+// p * handle bytes. An address that is not mapped faults, except in a slab that
+// several processes share (cuda_ipc_mapper.h).
 #ifndef KVBROKER_CLIENT_ARENA_MAPPER_H_
 #define KVBROKER_CLIENT_ARENA_MAPPER_H_
 
@@ -19,6 +21,7 @@
 #include "absl/status/status.h"
 #include "broker/base/ids.h"
 #include "broker/base/unique_fd.h"
+#include "proto/messages.h"
 
 namespace kvbroker::client {
 
@@ -26,6 +29,12 @@ namespace kvbroker::client {
 class Mapper {
  public:
   virtual ~Mapper() = default;
+
+  // The broker has opened the session, for the first time: what it lends is
+  // known. Once, and before all else. Fails where the pool cannot map that.
+  virtual absl::Status Begin(const Opened& /*opened*/) {
+    return absl::OkStatus();
+  }
 
   // Imports and maps the page's handles, in order. All or nothing.
   // REQUIRES: the page is not mapped, as many descriptors as handles a page.
@@ -36,7 +45,7 @@ class Mapper {
   // happened: work that was queued before still uses it.
   virtual absl::Status Unmap(PageIndex page) = 0;
 
-  // Start of a region; fixed for the mapper's life. An address of the device:
+  // Start of a region; fixed from Begin on. An address of the device:
   // whether this process can read it depends on the kind of memory.
   virtual std::byte* region(size_t handle_of_page) const = 0;
 

@@ -24,6 +24,12 @@ class BrokerBlockSource : public PoolBlockSource {
         recorder_(std::move(recorder)),
         session_(std::move(session)) {}
 
+  absl::Status Health() const override {
+    // Where it is UNAVAILABLE, a broker may come.
+    absl::Status health = session_->pool(0).health();
+    return absl::IsFailedPrecondition(health) ? health : absl::OkStatus();
+  }
+
  private:
   const std::unique_ptr<client::MappingRecorder> recorder_;
   std::unique_ptr<client::Session> session_;
@@ -57,7 +63,10 @@ class CudaBlockSource : public BrokerBlockSource {
   std::span<const std::byte> Read(BlockId block) override {
     return memory_->Read(pool().block_data(block));
   }
-  absl::Status Health() const override { return memory_->status(); }
+  absl::Status Health() const override {
+    RETURN_IF_ERROR(BrokerBlockSource::Health());
+    return memory_->status();
+  }
   std::optional<OtherMemory> Other() const override {
     if (activations_ == nullptr) return std::nullopt;
     return OtherMemory{activations_->taken(), activations_->failed()};
@@ -117,7 +126,7 @@ absl::StatusOr<std::unique_ptr<BlockSource>> MakeBrokerBlockSource(
   session.backend = options.backend;
   ASSIGN_OR_RETURN(std::unique_ptr<client::Session> opened,
                    client::OpenSession(broker, std::move(session)));
-  if (opened->opened().backend == "cuda") {
+  if (opened->opened().backend.starts_with("cuda")) {
     ASSIGN_OR_RETURN(const CudaDriver* driver, client::LoadedCudaDriver());
     ASSIGN_OR_RETURN(
         std::unique_ptr<CudaBlockMemory> memory,

@@ -43,6 +43,7 @@ class Run {
       TellRejections();
       if (now >= next_status_) TellStatus(now);
       if (scheduler_.done() || trace_s >= until_s_) break;
+      if (!source_.Health().ok()) break;
       run.interrupted = clock_.SleepUntil(WakeAfter(now, due_s));
     }
     scheduler_.Abandon();
