@@ -363,8 +363,8 @@ void Core::Recycle(const std::string& tenant, std::vector<HandleRef> handles,
 void Core::StockUp(const std::string& tenant, Bytes size, size_t granted,
                    Actions& actions) {
   if (!options_.executor || fixed_addresses_ || stocking_ || draining_ ||
-      !claims_.empty() ||
-      !rooms_.empty() || options_.charge == CoreOptions::Charge::kEngine) {
+      !claims_.empty() || !rooms_.empty() ||
+      options_.charge == CoreOptions::Charge::kEngine) {
     return;
   }
   const size_t there = ledger_.stocked_handles({tenant, size});
