@@ -179,6 +179,7 @@ void Put(const Opened& opened, v1::BrokerMessage* wire) {
   out->set_max_bytes(ToWireBytes(opened.max));
   out->set_limit_revision(opened.limit_revision);
   out->set_capacity_bytes(ToWireBytes(opened.capacity));
+  out->set_slab(opened.slab);
 }
 
 void Put(const Granted& granted, v1::BrokerMessage* wire) {
@@ -522,6 +523,8 @@ absl::StatusOr<BrokerMessage> Take(const v1::Opened& wire) {
   opened.limit_revision = wire.limit_revision();
   ASSIGN_OR_RETURN(opened.capacity, FromWireBytes("opened.capacity_bytes",
                                                   wire.capacity_bytes()));
+  RETURN_IF_ERROR(CheckSize("opened.slab", wire.slab().size(), kMaxSlabSize));
+  opened.slab = wire.slab();
   return opened;
 }
 

@@ -84,6 +84,7 @@ std::vector<BrokerMessage> EveryBrokerMessage() {
   opened.max = GiB(2);
   opened.limit_revision = 3;
   opened.capacity = GiB(10);
+  opened.slab = std::string("\0slab\xff", 6);
   return {opened,
           Granted{Sequence(1), GrantId(2), PoolId(3), SomePages(), 4,
                   absl::Seconds(1)},

@@ -24,7 +24,10 @@ inline constexpr uint32_t kProtocolVersion = 1;
 // Bits of Open.feature_bits and Opened.feature_bits.
 inline constexpr uint64_t kFeatureResume = 1;
 inline constexpr uint64_t kFeatureMakeRoom = 2;
-inline constexpr uint64_t kFeatures = kFeatureResume | kFeatureMakeRoom;
+// The client maps a slab (Opened.slab).
+inline constexpr uint64_t kFeatureSlab = 4;
+inline constexpr uint64_t kFeatures =
+    kFeatureResume | kFeatureMakeRoom | kFeatureSlab;
 // A Reclaim with this target lifts the order in force.
 inline constexpr PageCount kHoldAny = 0xffffffff;
 
@@ -165,6 +168,9 @@ struct Opened {
   Bytes min, max;
   uint64_t limit_revision = 0;
   Bytes capacity;
+  // With fixed addresses: the slab that all pages lie in (proto/slab_frame.h).
+  // The broker chooses the indexes of pages then.
+  std::string slab;
 };
 
 struct Granted {

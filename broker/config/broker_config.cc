@@ -172,10 +172,9 @@ size_t Distance(std::string_view a, std::string_view b) {
 
 const std::vector<Setting>& Settings() {
   static const auto* const settings = new std::vector<Setting>{
-      OneOf(
-          "backend", "auto, host, cuda, cuda_ipc",
-          "Where memory comes from; auto is cuda where gpu is set, else host.",
-          &BrokerConfig::backend),
+      OneOf("backend", "auto, host, cuda, cuda_ipc",
+            "Where memory comes from; auto is the best for the GPU, else host.",
+            &BrokerConfig::backend),
       Text("gpu", "a GPU's index or uuid",
            "Which GPU to serve; one broker each.", &BrokerConfig::gpu),
       Text("device_uuid", "letters, digits, - and _",
@@ -361,6 +360,19 @@ std::string PrintConfig(const BrokerConfig& config) {
     absl::StrAppend(&text, policy ? "  " : "", key, ": ", value, "\n");
   }
   return text;
+}
+
+absl::StatusOr<Bytes> ResolveSlab(const BrokerConfig& config, Bytes total,
+                                  Bytes used) {
+  if (config.capacity.bytes || config.capacity.percent) {
+    return ResolveCapacity(config, "cuda_ipc", total);
+  }
+  const Bytes slab = total - used - config.headroom;
+  if (slab > Bytes(0)) return slab;
+  return absl::InvalidArgumentError(
+      absl::StrCat("headroom must leave something of the device's memory, ",
+                   FormatBytes(total), ", beside what is in use, ",
+                   FormatBytes(used), "; got ", FormatBytes(config.headroom)));
 }
 
 absl::StatusOr<Bytes> ResolveCapacity(const BrokerConfig& config,

@@ -99,6 +99,12 @@ absl::Status ReadEnvironment(
 // As a YAML file that reads back to the same.
 std::string PrintConfig(const BrokerConfig& config);
 
+// The size of the slab of a GPU with `total`, of which `used` are in use as the
+// broker starts. `auto` is what headroom leaves of the rest. InvalidArgument
+// names the key.
+absl::StatusOr<Bytes> ResolveSlab(const BrokerConfig& config, Bytes total,
+                                  Bytes used);
+
 // The bytes that may be lent of a device with `total`. `auto` is total less
 // headroom; the host backend's total has room beside it already (by default it
 // is half the machine). InvalidArgument names the key.

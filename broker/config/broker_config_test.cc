@@ -237,5 +237,21 @@ TEST(BrokerConfigTest, CapacityIsResolvedAgainstTheDevice) {
       ResolveCapacity(config, "cuda", GiB(8)).status()));
 }
 
+TEST(BrokerConfigTest, ASlabIsWhatHeadroomLeavesOfWhatIsFreeAtTheStart) {
+  BrokerConfig config;
+  EXPECT_EQ(*ResolveSlab(config, GiB(12), GiB(1)), GiB(9));
+  config.headroom = GiB(11);
+  EXPECT_TRUE(
+      absl::IsInvalidArgument(ResolveSlab(config, GiB(12), GiB(1)).status()));
+  // What is asked for is asked for.
+  config.capacity = {.percent = 50};
+  EXPECT_EQ(*ResolveSlab(config, GiB(12), GiB(1)), GiB(6));
+  config.capacity = {.bytes = GiB(12)};
+  EXPECT_EQ(*ResolveSlab(config, GiB(12), GiB(1)), GiB(12));
+  config.capacity = {.bytes = GiB(13)};
+  EXPECT_TRUE(
+      absl::IsInvalidArgument(ResolveSlab(config, GiB(12), GiB(1)).status()));
+}
+
 }  // namespace
 }  // namespace kvbroker

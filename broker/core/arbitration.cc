@@ -149,6 +149,11 @@ std::optional<PageCount> Core::StartGrant(const Claim& claim, PageCount pages,
     }
   }
   if (static_cast<PageCount>(indexes.size()) < claim.at_least) {
+    // Slots are empty, but the slab has no place for them.
+    if (fixed_addresses_ &&
+        pool.geometry.max_pages - pool.held() >= claim.at_least) {
+      return std::nullopt;
+    }
     Refuse(claim, absl::StatusCode::kFailedPrecondition,
            "the slots asked for are not empty", actions);
     return 0;
@@ -188,6 +193,16 @@ std::optional<PageCount> Core::StartGrant(const Claim& claim, PageCount pages,
   ++state.grants;
   actions.make.push_back(std::move(make));
   return pages;
+}
+
+Bytes Core::UnusableFor(const Claim& claim, Bytes free) {
+  if (!fixed_addresses_) return Bytes(0);
+  const LedgerPool& pool = *ledger_.FindPool(claim.pool);
+  const size_t places = ledger_.AbsentIndexes(pool, claim.want).size();
+  if (static_cast<PageCount>(places) == claim.want) return Bytes(0);
+  return std::max(
+      free - pool.geometry.page_bytes() * static_cast<int64_t>(places),
+      Bytes(0));
 }
 
 std::vector<Holder> Core::Holders() {
@@ -450,6 +465,7 @@ void Core::Arbitrate(Actions& actions) {
       snapshot.free += credit;
       claimant.held -= credit;
     }
+    waiting.view.unusable = UnusableFor(claim, snapshot.free);
     Plan plan = Decide(snapshot, waiting.view, options_.policy);
     bool answered = false;
     Bytes drawn = Bytes(0);
@@ -464,7 +480,8 @@ void Core::Arbitrate(Actions& actions) {
         plan.reserve = std::min(
             snapshot.free,
             snapshot.pools[waiting.view.pool].page_bytes * claim.at_least);
-        plan.reason = "stock goes back to the device first";
+        plan.reason = fixed_addresses_ ? "no place for its pages in the slab"
+                                       : "stock goes back to the device first";
       }
     } else if (plan.verdict == Plan::Verdict::kRefuse) {
       Refuse(claim, plan.code, plan.reason, actions);
@@ -494,6 +511,12 @@ void Core::Arbitrate(Actions& actions) {
     claim.reason = claim.last_error.empty()
                        ? plan.reason
                        : absl::StrCat(plan.reason, "; ", claim.last_error);
+    if (waiting.view.unusable > Bytes(0)) {
+      absl::StrAppend(&claim.reason,
+                      "; free, but in pieces too small for a page of ",
+                      FormatBytes(snapshot.pools[waiting.view.pool].page_bytes),
+                      ": ", FormatBytes(waiting.view.unusable));
+    }
     claim.asked_tier.reset();
     for (const Take& take : plan.takes) {
       claim.asked_tier =

@@ -9,6 +9,10 @@
 //   RETURN_IF_ERROR(core->Handle(id, Acquire{...}));    // listener: Granted
 //   core->HungUp(id); core->ProcessGone(id);            // pages come back
 //
+// Where the backend has fixed addresses, the ledger chooses the pages' indexes,
+// and all sessions are of one tenant. What is returned goes back to the backend
+// at once, and nothing outlives the broker.
+//
 // Data has three ways through. Grant, down: Acquire -> policy -> ledger ->
 // backend -> listener. Reclaim, up: policy -> listener -> Return -> ledger.
 // Observation: Snapshot.
@@ -317,6 +321,10 @@ class Core {
   void ExpireDescriptors(Actions& actions) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   absl::Time NextDue() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   std::vector<Holder> Holders() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Of so many free bytes, what is in pieces that are too small for the pages
+  // of a claim. None without fixed addresses.
+  Bytes UnusableFor(const Claim& claim, Bytes free)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
   // ---- lending.cc: the work after the lock ----
   void Run(Actions actions) ABSL_LOCKS_EXCLUDED(mu_);
@@ -382,6 +390,7 @@ class Core {
   absl::Time Now() const { return options_.clock->Now(); }
 
   const CoreOptions options_;
+  const bool fixed_addresses_;  // of the backend
   const absl::Time started_;
 
   Mutex mu_;
@@ -395,6 +404,9 @@ class Core {
   // a process.
   std::set<PoolId> ordered_ ABSL_GUARDED_BY(mu_);
   std::set<Ledger::InstanceKey> watched_ ABSL_GUARDED_BY(mu_);
+  // With fixed addresses: whoever opened first. Others are not admitted while
+  // this broker lives: who has opened the slab can read and write all of it.
+  std::optional<std::string> only_tenant_ ABSL_GUARDED_BY(mu_);
   uint64_t next_session_ ABSL_GUARDED_BY(mu_) = 1;
   uint64_t next_pool_ ABSL_GUARDED_BY(mu_) = 1;
   uint64_t next_grant_ ABSL_GUARDED_BY(mu_) = 1;

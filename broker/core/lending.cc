@@ -105,8 +105,13 @@ void Core::MakeOnExecutor(std::shared_ptr<MakePages> make) {
 
 bool Core::MakeSome(MakePages& make, size_t step) {
   for (; step > 0 && make.missing() > 0; --step) {
+    const Bytes size = make.geometry.handle_bytes;
+    // With fixed addresses a page has one handle, and none comes from stock.
     absl::StatusOr<kvbroker::Handle> made =
-        options_.backend->Create(make.geometry.handle_bytes);
+        fixed_addresses_
+            ? options_.backend->CreateAt(
+                  size * make.pages[make.handles.size()].index.value(), size)
+            : options_.backend->Create(size);
     if (!made.ok()) {
       make.failure = made.status();
       return false;
@@ -134,12 +139,15 @@ void Core::ReleaseOnExecutor(std::shared_ptr<std::vector<HandleRef>> handles) {
 void Core::ReleaseSome(std::vector<HandleRef>& handles, size_t step,
                        Actions& next) {
   Bytes bytes;
+  std::vector<std::pair<Bytes, Bytes>> ranges;
   for (; step > 0 && !handles.empty(); --step) {
     bytes += handles.back()->size();
+    ranges.emplace_back(handles.back()->offset(), handles.back()->size());
     handles.pop_back();  // the driver call
   }
   MutexLock lock(&mu_);
   ledger_.EndRelease(bytes);
+  for (const auto& [offset, size] : ranges) ledger_.FreeRange(offset, size);
   if (auto* event = Record(HistoryEvent::Kind::kReleased, next)) {
     event->bytes = bytes;
   }
@@ -165,6 +173,11 @@ void Core::FinishMake(MakePages make, Actions& next) {
         make.geometry.page_bytes() * static_cast<int64_t>(make.pages.size());
     const Bytes not_made = charged - SizeOf(make.handles);
     ledger_.EndRelease(not_made);
+    const Bytes page = make.geometry.page_bytes();
+    const size_t made = make.handles.size() / make.geometry.handles_per_page;
+    for (size_t i = made; i < make.pages.size(); ++i) {
+      ledger_.FreeRange(page * make.pages[i].index.value(), page);
+    }
     auto* event = not_made == Bytes(0)
                       ? nullptr
                       : Record(HistoryEvent::Kind::kReleased, next);
@@ -332,6 +345,11 @@ void Core::Send(SendHandles send, Actions& next) {
 void Core::Recycle(const std::string& tenant, std::vector<HandleRef> handles,
                    Actions& actions) {
   if (handles.empty()) return;
+  if (fixed_addresses_) {
+    // A place that is kept for pages of one size has none for the others.
+    absl::c_move(handles, std::back_inserter(actions.release));
+    return;
+  }
   // A page may pass within a tenant as it is; any other is made anew.
   const std::set<Ledger::StockKey> wanted = WantedStock();
   Bytes room = *options_.max_stock - ledger_.stock();
@@ -356,8 +374,8 @@ void Core::Recycle(const std::string& tenant, std::vector<HandleRef> handles,
 
 void Core::StockUp(const std::string& tenant, Bytes size, size_t granted,
                    Actions& actions) {
-  if (!options_.executor || stocking_ || draining_ || !claims_.empty() ||
-      !rooms_.empty() || !device_error_.ok() ||
+  if (!options_.executor || fixed_addresses_ || stocking_ || draining_ ||
+      !claims_.empty() || !rooms_.empty() || !device_error_.ok() ||
       options_.charge == CoreOptions::Charge::kEngine) {
     return;
   }

@@ -58,6 +58,8 @@ void Core::Restore(const Remembered& remembered, Actions& actions) {
     instances_.try_emplace({limits.tenant, limits.name});
     watched_.insert({limits.tenant, limits.name});
   }
+  // What anybody held was the last broker's own memory.
+  if (fixed_addresses_) return;
   expected_ = remembered.sessions;
   may_adopt_any_until_ = remembered.incomplete ? now + options_.resume_grace
                                                : absl::InfinitePast();
@@ -82,6 +84,7 @@ Remembered Core::Remember() {
          .unused_for = instance.sessions.empty() ? Now() - instance.empty_since
                                                  : absl::ZeroDuration()});
   }
+  if (fixed_addresses_) return remembered;
   for (const RememberedSession& session : expected_) {
     const bool connected = absl::c_any_of(sessions_, [&](const auto& entry) {
       return IsOf(entry.second, session);
@@ -132,6 +135,11 @@ std::string Core::WhoIsToResume() {
 
 absl::StatusOr<Resumption> Core::CheckResuming(const Peer& peer,
                                                const Open& open) {
+  if (fixed_addresses_) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        "resuming: pages of the backend ", options_.backend->info().name,
+        " do not outlive their session: restart this process"));
+  }
   Resumption resumption;
   if (open.resuming->incarnation == options_.incarnation) {
     auto it = sessions_.find(open.resuming->session);

@@ -38,8 +38,9 @@ bool IsPrintable(const std::string& text) {
                      [](unsigned char c) { return absl::ascii_isprint(c); });
 }
 
-absl::Status CheckGeometry(const PoolGeometry& pool, Bytes granularity,
+absl::Status CheckGeometry(const PoolGeometry& pool, const BackendInfo& device,
                            size_t which) {
+  const Bytes granularity = device.granularity;
   if (pool.handle_bytes <= Bytes(0) || pool.handle_bytes > kMaxBytes ||
       pool.handle_bytes.count() % granularity.count() != 0) {
     return Invalid("pools[", which,
@@ -54,6 +55,13 @@ absl::Status CheckGeometry(const PoolGeometry& pool, Bytes granularity,
   if (pool.handles_per_page < 1 || pool.handles_per_page > kMaxHandlesPerPage) {
     return Invalid("pools[", which, "].handles_per_page: must be 1 to ",
                    kMaxHandlesPerPage, "; got ", pool.handles_per_page);
+  }
+  if (device.fixed_addresses() &&
+      (pool.layout != Layout::kContiguous || pool.handles_per_page != 1)) {
+    return Invalid("pools[", which, "].layout: the backend ", device.name,
+                   " lends pages in one piece only: set "
+                   "KVCACHED_CONTIGUOUS_LAYOUT=true; handles of a page: ",
+                   pool.handles_per_page);
   }
   if (pool.layout == Layout::kContiguous && pool.handles_per_page != 1) {
     return Invalid("pools[", which,
@@ -102,6 +110,16 @@ absl::StatusOr<std::unique_ptr<Core>> Core::Create(CoreOptions options) {
   if (options.descriptor_window == 0) {
     return Invalid("descriptor_window: must be at least 1; got 0");
   }
+  if (device.fixed_addresses() &&
+      options.charge == CoreOptions::Charge::kEngine) {
+    return Invalid("charge: must be broker where the backend is ", device.name,
+                   ": all its memory is the broker's own");
+  }
+  if (device.fixed_addresses() && options.capacity != device.total) {
+    return Invalid("capacity: is the slab's size, ", FormatBytes(device.total),
+                   ", where the backend is ", device.name, "; got ",
+                   FormatBytes(options.capacity));
+  }
   if (!options.max_stock) {
     options.max_stock = std::min(Bytes(options.capacity.count() / 16), GiB(1));
   }
@@ -125,8 +143,11 @@ absl::StatusOr<std::unique_ptr<Core>> Core::Create(CoreOptions options) {
 
 Core::Core(CoreOptions options)
     : options_(std::move(options)),
+      fixed_addresses_(options_.backend->info().fixed_addresses()),
       started_(options_.clock->Now()),
-      ledger_(options_.capacity) {}
+      ledger_(options_.capacity, fixed_addresses_
+                                     ? Ledger::Addresses::kFixed
+                                     : Ledger::Addresses::kOfPools) {}
 
 Core::~Core() = default;
 
@@ -141,14 +162,27 @@ absl::Status Core::CheckOpen(const Peer& peer, const Open& open,
   if (draining_) {
     return absl::UnavailableError("the broker is draining; try its successor");
   }
+  const BackendInfo& device = options_.backend->info();
+  if (fixed_addresses_ && (open.feature_bits & kFeatureSlab) == 0) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        "feature_bits: this broker's memory is one slab (", device.name,
+        "), which this client library is too old for: upgrade it"));
+  }
+  if (only_tenant_ && *only_tenant_ != peer.tenant) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        "tenant: with ", device.name,
+        " a GPU is for one tenant, since each of "
+        "its engines can reach all of the memory; this one is ",
+        *only_tenant_, "'s until the broker is restarted, and not ",
+        peer.tenant, "'s"));
+  }
   RETURN_IF_ERROR(CheckInstanceName(open.instance));
   if (open.pools.empty() || open.pools.size() > kMaxPools) {
     return Invalid("pools: a session has 1 to ", kMaxPools, "; got ",
                    open.pools.size());
   }
   for (size_t i = 0; i < open.pools.size(); ++i) {
-    RETURN_IF_ERROR(
-        CheckGeometry(open.pools[i], options_.backend->info().granularity, i));
+    RETURN_IF_ERROR(CheckGeometry(open.pools[i], options_.backend->info(), i));
   }
   for (const auto& [key, value] : open.labels) {
     if (!IsPrintable(key) || !IsPrintable(value)) {
@@ -297,6 +331,7 @@ absl::StatusOr<SessionId> Core::OpenSession(
         HangUp(it->second, actions);
       }
     }
+    if (fixed_addresses_) only_tenant_ = peer.tenant;
     LedgerInstance& instance = ledger_.AddInstance(peer.tenant, name);
     if (instance.sessions.empty()) {
       // The first process brings the limits, unless an operator has set some.
@@ -340,6 +375,8 @@ absl::StatusOr<SessionId> Core::OpenSession(
     UpdateOthers(actions);
 
     opened.feature_bits = open.feature_bits & kFeatures;
+    if (fixed_addresses_) opened.feature_bits &= ~kFeatureResume;
+    opened.slab = options_.backend->info().slab;
     opened.incarnation = options_.incarnation;
     opened.session = id;
     opened.instance = name;
@@ -450,6 +487,9 @@ absl::Status Core::On(SessionState& session, const Acquire& acquire,
         "acquire: needs 1 <= at_least <= want <= the pool's pages; "
         "got ",
         acquire.at_least, " and ", acquire.want);
+  }
+  if (fixed_addresses_ && !acquire.indexes.empty()) {
+    return Invalid("acquire: indexes: in a slab the broker chooses them");
   }
   if (!acquire.indexes.empty() && !acquire.credit) {
     if (static_cast<PageCount>(acquire.indexes.size()) != acquire.want) {

@@ -10,9 +10,13 @@
 //
 // A handle's bytes are free again only when every reference is gone: the
 // creator's Handle, every descriptor and every import or mapping made of one.
+// With fixed addresses (BackendInfo) a handle is a lease of a part of one slab
+// that importers have open as a whole: its bytes are free when the creator's
+// Handle is gone.
 //
-// Implementations: `host` (sealed memfds), `cuda`, a fake for unit tests and a
-// decorator that injects faults. All of them pass backend_conformance.h.
+// Implementations: `host` (sealed memfds), `cuda`, `cuda_ipc` (fixed
+// addresses), a fake for unit tests and a decorator that injects faults. All of
+// them pass backend_conformance.h.
 #ifndef KVBROKER_BROKER_DEVICE_BACKEND_H_
 #define KVBROKER_BROKER_DEVICE_BACKEND_H_
 
@@ -35,8 +39,8 @@ class Backend;
 class Handle {
  public:
   Handle() = default;
-  Handle(Backend* backend, uint64_t token, Bytes size)
-      : backend_(backend), token_(token), size_(size) {}
+  Handle(Backend* backend, uint64_t token, Bytes size, Bytes offset = Bytes(0))
+      : backend_(backend), token_(token), size_(size), offset_(offset) {}
   Handle(Handle&& other) noexcept { *this = std::move(other); }
   Handle& operator=(Handle&& other) noexcept {
     if (this != &other) {
@@ -44,6 +48,7 @@ class Handle {
       backend_ = std::exchange(other.backend_, nullptr);
       token_ = other.token_;
       size_ = other.size_;
+      offset_ = other.offset_;
     }
     return *this;
   }
@@ -53,6 +58,8 @@ class Handle {
   // What the backend knows this allocation by.
   uint64_t token() const { return token_; }
   Bytes size() const { return size_; }
+  // Where it lies, with fixed addresses.
+  Bytes offset() const { return offset_; }
   // Gives up the reference now.
   void Reset();
 
@@ -60,6 +67,7 @@ class Handle {
   Backend* backend_ = nullptr;
   uint64_t token_ = 0;
   Bytes size_;
+  Bytes offset_;
 };
 
 struct BackendInfo {
@@ -67,6 +75,12 @@ struct BackendInfo {
   std::string device_uuid;  // "HOST-<boot id>" or the GPU's; one broker each
   Bytes total;              // physical memory of the device
   Bytes granularity;        // every handle size is a multiple of this
+  // Fixed addresses: all memory is one slab of `total` bytes, which an importer
+  // opens once, with this (proto/slab_frame.h). Empty: it maps handle by
+  // handle.
+  std::string slab;
+
+  bool fixed_addresses() const { return !slab.empty(); }
 };
 
 // Thread-safe. No call may block on a client.
@@ -79,7 +93,16 @@ class Backend {
   // Allocates `size` bytes that read as zero. REQUIRES: a positive multiple of
   // the granularity, else InvalidArgument. RESOURCE_EXHAUSTED: the device has
   // no memory, or this process no descriptor, left; nothing is held then.
+  // FAILED_PRECONDITION: with fixed addresses it is CreateAt.
   virtual absl::StatusOr<Handle> Create(Bytes size) = 0;
+
+  // The same of `size` bytes from `offset` on, a multiple of `size`. All of
+  // them are free, else RESOURCE_EXHAUSTED: who may have which bytes is the
+  // caller's to know (range_map.h). With fixed addresses only.
+  virtual absl::StatusOr<Handle> CreateAt(Bytes /*offset*/, Bytes /*size*/) {
+    return absl::FailedPreconditionError(
+        "this backend's memory has no fixed addresses");
+  }
 
   // A descriptor for another process to import; the caller closes it as soon as
   // it is sent. May be asked for again. RESOURCE_EXHAUSTED: out of descriptors.

@@ -57,6 +57,14 @@ class BackendHarness {
   virtual Backend& backend() = 0;
   virtual Bytes handle_size() const = 0;
 
+  // Where backends differ.
+  struct Traits {
+    // A handle's bytes are in use as long as anybody has a descriptor, import
+    // or mapping of it; else as long as its creator does.
+    bool importers_keep_bytes = true;
+  };
+  virtual Traits traits() const { return {}; }
+
   // Imports the whole of a handle of `size` bytes, as another process would.
   // Fails where the handle behind `fd` has another size. `fd` stays the
   // caller's.
@@ -126,8 +134,24 @@ class BackendConformanceTest : public testing::TestWithParam<ConformanceParam> {
   // Use beyond what the device had when the test began.
   Bytes UsedByTest() { return Used() - used_at_start_; }
 
+  // With fixed addresses, at the first place that is free.
+  absl::StatusOr<Handle> Create(Bytes size) {
+    if (!backend().info().fixed_addresses()) return backend().Create(size);
+    absl::StatusOr<Handle> handle = backend().CreateAt(Bytes(0), size);
+    for (Bytes at = size; absl::IsResourceExhausted(handle.status()) &&
+                          size <= backend().info().total - at;
+         at += size) {
+      handle = backend().CreateAt(at, size);
+    }
+    return handle;
+  }
+  // What is in use of a handle that only importers have.
+  Bytes KeptByImporters() const {
+    return harness_->traits().importers_keep_bytes ? handle_size() : Bytes(0);
+  }
+
   Handle MustCreate() {
-    absl::StatusOr<Handle> handle = backend().Create(handle_size());
+    absl::StatusOr<Handle> handle = Create(handle_size());
     EXPECT_TRUE(handle.ok()) << handle.status();
     return handle.ok() ? *std::move(handle) : Handle();
   }
@@ -147,7 +171,7 @@ class BackendConformanceTest : public testing::TestWithParam<ConformanceParam> {
   std::vector<Handle> Fill() {
     std::vector<Handle> handles;
     for (;;) {
-      absl::StatusOr<Handle> handle = backend().Create(handle_size());
+      absl::StatusOr<Handle> handle = Create(handle_size());
       if (!handle.ok()) {
         EXPECT_EQ(handle.status().code(), absl::StatusCode::kResourceExhausted)
             << handle.status();
@@ -177,7 +201,7 @@ TEST_P(BackendConformanceTest, SizeMustBeAPositiveMultipleOfTheGranularity) {
   const Bytes granule = backend().info().granularity;
   for (Bytes size : {Bytes(0), Bytes(1), granule - Bytes(1), granule + Bytes(1),
                      Bytes(0) - granule, Bytes(-1), Bytes(INT64_MIN)}) {
-    absl::StatusOr<Handle> handle = backend().Create(size);
+    absl::StatusOr<Handle> handle = Create(size);
     EXPECT_EQ(handle.status().code(), absl::StatusCode::kInvalidArgument)
         << size.count() << ": " << handle.status();
   }
@@ -187,7 +211,7 @@ TEST_P(BackendConformanceTest, SizeMustBeAPositiveMultipleOfTheGranularity) {
 TEST_P(BackendConformanceTest, CreatesInSeveralSizes) {
   const Bytes granule = backend().info().granularity;
   for (int64_t granules : {1, 2, 3, 7}) {
-    absl::StatusOr<Handle> handle = backend().Create(granule * granules);
+    absl::StatusOr<Handle> handle = Create(granule * granules);
     ASSERT_TRUE(handle.ok()) << handle.status();
     EXPECT_EQ(handle->size(), granule * granules);
     EXPECT_EQ(UsedByTest(), granule * granules);
@@ -290,9 +314,9 @@ TEST_P(BackendConformanceTest, BytesStayInUseUntilTheLastImportIsGone) {
   auto a = MustImport(MustExport(handle));
   auto b = MustImport(MustExport(handle));
   handle.Reset();
-  EXPECT_EQ(UsedByTest(), handle_size());
+  EXPECT_EQ(UsedByTest(), KeptByImporters());
   a.reset();
-  EXPECT_EQ(UsedByTest(), handle_size());
+  EXPECT_EQ(UsedByTest(), KeptByImporters());
   b.reset();
   EXPECT_EQ(UsedByTest(), Bytes(0));
 }
@@ -303,12 +327,12 @@ TEST_P(BackendConformanceTest, BytesStayInUseWhileADescriptorIsOpen) {
   absl::StatusOr<UniqueFd> copy = fd.Duplicate();
   ASSERT_TRUE(copy.ok()) << copy.status();
   handle.Reset();
-  EXPECT_EQ(UsedByTest(), handle_size());
+  EXPECT_EQ(UsedByTest(), KeptByImporters());
   fd.Reset();
-  EXPECT_EQ(UsedByTest(), handle_size());
+  EXPECT_EQ(UsedByTest(), KeptByImporters());
   auto imported = MustImport(*copy);
   copy->Reset();
-  EXPECT_EQ(UsedByTest(), handle_size());
+  EXPECT_EQ(UsedByTest(), KeptByImporters());
   imported.reset();
   EXPECT_EQ(UsedByTest(), Bytes(0));
 }
@@ -329,7 +353,7 @@ TEST_P(BackendConformanceTest, AFullDeviceRefusesAndHoldsNothing) {
 
   handles.pop_back();
   handles.push_back(MustCreate());
-  EXPECT_EQ(backend().Create(handle_size()).status().code(),
+  EXPECT_EQ(Create(handle_size()).status().code(),
             absl::StatusCode::kResourceExhausted);
   handles.clear();
   EXPECT_EQ(UsedByTest(), Bytes(0));
@@ -342,7 +366,7 @@ TEST_P(BackendConformanceTest, MoreThanTheWholeDeviceIsRefused) {
     // A total that is no multiple of the granularity makes the first one odd.
     size -= Bytes(size.count() % granule.count());
     if (size <= backend().info().total) continue;
-    absl::StatusOr<Handle> handle = backend().Create(size);
+    absl::StatusOr<Handle> handle = Create(size);
     EXPECT_EQ(handle.status().code(), absl::StatusCode::kResourceExhausted)
         << size.count() << ": " << handle.status();
   }
@@ -353,8 +377,10 @@ TEST_P(BackendConformanceTest, AFullDeviceHasRoomWhenAnImporterLeaves) {
   std::vector<Handle> handles = Fill();
   auto imported = MustImport(MustExport(handles.back()));
   handles.pop_back();
-  EXPECT_EQ(backend().Create(handle_size()).status().code(),
-            absl::StatusCode::kResourceExhausted);
+  if (harness_->traits().importers_keep_bytes) {
+    EXPECT_EQ(Create(handle_size()).status().code(),
+              absl::StatusCode::kResourceExhausted);
+  }
   imported.reset();
   // Nobody asked for UsedBytes() meanwhile.
   EXPECT_TRUE(MustCreate());
@@ -396,7 +422,7 @@ TEST_P(BackendConformanceTest, WithoutDescriptorsItRefusesAndHoldsNothing) {
       export_refusal = fd.status();
       if (fd.ok()) more.push_back(*std::move(fd));
     }
-    created = backend().Create(handle_size());
+    created = Create(handle_size());
     // A handle needs no descriptor in every backend; giving one up never does.
     if (created.ok()) created->Reset();
   }
@@ -419,6 +445,37 @@ TEST_P(BackendConformanceTest, AnImporterCannotResizeTheHandle) {
   EXPECT_EQ(UsedByTest(), handle_size());
 }
 
+TEST_P(BackendConformanceTest, OnlyOneWayToCreateIsIts) {
+  const bool fixed = backend().info().fixed_addresses();
+  EXPECT_EQ(fixed ? backend().Create(handle_size()).status().code()
+                  : backend().CreateAt(Bytes(0), handle_size()).status().code(),
+            absl::StatusCode::kFailedPrecondition);
+  EXPECT_EQ(UsedByTest(), Bytes(0));
+}
+
+TEST_P(BackendConformanceTest, AHandleLiesWhereItWasPut) {
+  if (!backend().info().fixed_addresses()) {
+    EXPECT_EQ(MustCreate().offset(), Bytes(0)) << "it has no address";
+    return;
+  }
+  const Bytes size = handle_size();
+  absl::StatusOr<Handle> handle = backend().CreateAt(size * 2, size);
+  ASSERT_TRUE(handle.ok()) << handle.status();
+  EXPECT_EQ(handle->offset(), size * 2);
+  // What is taken is taken, by whatever size.
+  for (auto [offset, bytes] :
+       {std::pair(size * 2, size), std::pair(Bytes(0), size * 3)}) {
+    EXPECT_EQ(backend().CreateAt(offset, bytes).status().code(),
+              absl::StatusCode::kResourceExhausted);
+  }
+  EXPECT_EQ(backend().CreateAt(size, size * 2).status().code(),
+            absl::StatusCode::kInvalidArgument)
+      << "no multiple of its size";
+  EXPECT_EQ(UsedByTest(), size);
+  handle->Reset();
+  EXPECT_TRUE(backend().CreateAt(Bytes(0), size * 3).ok());
+}
+
 TEST_P(BackendConformanceTest, ServesSeveralThreads) {
   constexpr int kThreads = 4;
   constexpr int kRounds = 100;
@@ -428,7 +485,7 @@ TEST_P(BackendConformanceTest, ServesSeveralThreads) {
   for (int t = 0; t < kThreads; ++t) {
     threads.emplace_back([&, mark = static_cast<uint8_t>(t + 1)] {
       for (int i = 0; i < kRounds; ++i) {
-        absl::StatusOr<Handle> handle = backend().Create(handle_size());
+        absl::StatusOr<Handle> handle = Create(handle_size());
         if (!handle.ok()) {
           EXPECT_EQ(handle.status().code(),
                     absl::StatusCode::kResourceExhausted);

@@ -2,6 +2,7 @@
 
 #include <sys/resource.h>
 
+#include <string_view>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -18,6 +19,12 @@ size_t DescriptorLimit() {
   return getrlimit(RLIMIT_NOFILE, &limit) == 0 ? limit.rlim_cur : 1024;
 }
 
+// "Tesla K80, driver 470.82.01, CUDA 11.4"
+std::string InWords(const CudaDevice& device, const CudaDriver& driver) {
+  return absl::StrCat(device.name, ", driver ", driver.nvidia_version(),
+                      ", CUDA ", CudaVersionText(driver.cuda_version()));
+}
+
 absl::StatusOr<ChosenBackend> MakeCuda(const BackendOptions& options) {
   ASSIGN_OR_RETURN(std::unique_ptr<CudaDriver> driver,
                    CudaDriver::Load(DriverPaths::Default()));
@@ -28,8 +35,24 @@ absl::StatusOr<ChosenBackend> MakeCuda(const BackendOptions& options) {
                            .kept_descriptors = DescriptorLimit() / 8}));
   std::string reason = absl::StrCat(
       "cuda: ", options.name == "cuda" ? "asked for" : "the best here", "; ",
-      backend->device().name, ", driver ", backend->driver().nvidia_version(),
-      ", CUDA ", CudaVersionText(backend->driver().cuda_version()));
+      InWords(backend->device(), backend->driver()));
+  return ChosenBackend{std::move(backend), std::move(reason)};
+}
+
+// `why` it is this one.
+absl::StatusOr<ChosenBackend> MakeCudaIpc(const BackendOptions& options,
+                                          std::string_view why) {
+  ASSIGN_OR_RETURN(std::unique_ptr<CudaDriver> driver,
+                   CudaDriver::Load(DriverPaths::Default()));
+  ASSIGN_OR_RETURN(
+      std::unique_ptr<CudaIpcBackend> backend,
+      CudaIpcBackend::Create(
+          std::move(driver),
+          {.gpu = options.gpu, .bytes = options.slab, .claim = options.claim}));
+  std::string reason =
+      absl::StrCat("cuda_ipc: ", absl::string_view(why.data(), why.size()),
+                   "; ", InWords(backend->device(), backend->driver()),
+                   "; one slab, for one tenant");
   return ChosenBackend{std::move(backend), std::move(reason)};
 }
 
@@ -51,23 +74,34 @@ absl::StatusOr<ChosenBackend> MakeHost(const BackendOptions& options,
 
 absl::StatusOr<ChosenBackend> MakeBackend(const BackendOptions& options) {
   if (options.name == "host") return MakeHost(options, "host: asked for");
-  if (options.name == "cuda") return MakeCuda(options);
+  if (options.name == "cuda") {
+    absl::StatusOr<ChosenBackend> cuda = MakeCuda(options);
+    if (!absl::IsUnimplemented(cuda.status())) return cuda;
+    return absl::UnimplementedError(absl::StrCat(
+        cuda.status().message(), "; the backend may be auto or cuda_ipc"));
+  }
+  if (options.name == "cuda_ipc") return MakeCudaIpc(options, "asked for");
   if (options.name == "auto") {
     // What is for `host` alone says what is wanted.
     if (options.total || !options.device_uuid.empty()) {
       return MakeHost(options, "host: its size or its name is given");
     }
     absl::StatusOr<ChosenBackend> cuda = MakeCuda(options);
-    // Who names a GPU wants it, and who has several must say which.
-    if (cuda.ok() || !options.gpu.empty() ||
-        absl::IsInvalidArgument(cuda.status())) {
-      return cuda;
+    // Who has several must say which.
+    if (cuda.ok() || absl::IsInvalidArgument(cuda.status())) return cuda;
+    const std::string why_not(cuda.status().message());
+    const bool no_gpu = absl::IsNotFound(cuda.status());
+    if (!no_gpu) {
+      absl::StatusOr<ChosenBackend> ipc = MakeCudaIpc(options, why_not);
+      const bool cannot = absl::IsUnimplemented(ipc.status()) ||
+                          absl::IsFailedPrecondition(ipc.status());
+      // Who names a GPU wants it, and one that could serve is not passed over.
+      if (!cannot || !options.gpu.empty()) return ipc;
+      return MakeHost(options, absl::StrCat("host: ", why_not, "; ",
+                                            ipc.status().message()));
     }
-    return MakeHost(options, absl::StrCat("host: ", cuda.status().message()));
-  }
-  if (options.name == "cuda_ipc") {
-    return absl::UnimplementedError(
-        "this build has no backend \"cuda_ipc\"; use \"host\" instead");
+    if (!options.gpu.empty()) return cuda;
+    return MakeHost(options, absl::StrCat("host: ", why_not));
   }
   return absl::InvalidArgumentError(
       absl::StrCat("a backend is one of auto, host, cuda, cuda_ipc; it is \"",

@@ -2,6 +2,7 @@
 #ifndef KVBROKER_BROKER_DEVICE_BACKEND_FACTORY_H_
 #define KVBROKER_BROKER_DEVICE_BACKEND_FACTORY_H_
 
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -9,16 +10,20 @@
 #include "absl/status/statusor.h"
 #include "broker/base/bytes.h"
 #include "broker/device/backend.h"
+#include "broker/device/cuda/cuda_ipc_backend.h"
 
 namespace kvbroker {
 
 struct BackendOptions {
-  // "host", "cuda", or "auto": `cuda` where a GPU is named, or where there is
-  // one that `cuda` can serve, else `host`. "cuda_ipc" is a known name, but not
-  // part of this build.
+  // "host", "cuda", "cuda_ipc", or "auto": for the GPU that is named, or the
+  // only one, `cuda` where that can serve it, else `cuda_ipc`; else `host`.
   std::string name = "auto";
-  // For `cuda`: index or uuid; empty: the only one.
+  // For a GPU: index or uuid; empty: the only one.
   std::string gpu;
+  // For `cuda_ipc`: how large the slab shall be; null: as large as it can.
+  SlabSize slab;
+  // Called before a slab is taken of a device; a failure is MakeBackend's.
+  std::function<absl::Status(const std::string& device_uuid)> claim;
   // For `host`: the device's size and name instead of the machine's own.
   std::optional<Bytes> total;
   std::string device_uuid;

@@ -29,7 +29,7 @@ class BackendFactoryCudaTest : public testing::Test {
   ~BackendFactoryCudaTest() override {
     for (const char* name :
          {"KVBROKER_CUDA_DRIVER", "KVBROKER_NVML", "KVBROKER_FAKE_CUDA_DEVICES",
-          "KVBROKER_FAKE_CUDA_VMM"}) {
+          "KVBROKER_FAKE_CUDA_VMM", "KVBROKER_FAKE_CUDA_MIG"}) {
       unsetenv(name);
     }
     fake_.Reset();
@@ -66,17 +66,69 @@ TEST_F(BackendFactoryCudaTest, AutoIsCudaWhereThatCanServe) {
   EXPECT_EQ(chosen->backend->info().name, "host");
 }
 
+// Either way a driver says that it has none.
+TEST_F(BackendFactoryCudaTest, AutoIsCudaIpcWithoutVmmAndSaysWhy) {
+  Set("KVBROKER_FAKE_CUDA_VMM", "0");
+  absl::StatusOr<ChosenBackend> chosen =
+      MakeBackend({.slab = [](Bytes, Bytes) { return MiB(64); }});
+  ASSERT_TRUE(chosen.ok()) << chosen.status();
+  EXPECT_EQ(chosen->backend->info().name, "cuda_ipc");
+  EXPECT_EQ(chosen->backend->info().total, MiB(64));
+  EXPECT_EQ(chosen->reason.rfind("cuda_ipc: Fake GPU", 0), 0u)
+      << chosen->reason;
+  EXPECT_NE(chosen->reason.find("has no virtual memory management"),
+            std::string::npos)
+      << chosen->reason;
+  chosen->backend.reset();
+
+  Set("KVBROKER_FAKE_CUDA_VMM", "1");
+  const FakeCuda without = FakeCuda::Open("libfake_cuda_no_vmm.so");
+  without.Reset();
+  setenv("KVBROKER_CUDA_DRIVER", without.paths().cuda.c_str(), 1);
+  setenv("KVBROKER_NVML", without.paths().nvml.c_str(), 1);
+  chosen = MakeBackend({.slab = [](Bytes, Bytes) { return MiB(64); }});
+  ASSERT_TRUE(chosen.ok()) << chosen.status();
+  EXPECT_EQ(chosen->backend->info().name, "cuda_ipc");
+  EXPECT_NE(chosen->reason.find("it has no cuMemGetAllocationGranularity"),
+            std::string::npos)
+      << chosen->reason;
+}
+
+TEST_F(BackendFactoryCudaTest, CudaIpcByNameServesAnyGpu) {
+  absl::StatusOr<ChosenBackend> chosen = MakeBackend({.name = "cuda_ipc"});
+  ASSERT_TRUE(chosen.ok()) << chosen.status();
+  EXPECT_EQ(chosen->backend->info().name, "cuda_ipc");
+  EXPECT_EQ(chosen->backend->info().total, GiB(16)) << "all that is free";
+  EXPECT_NE(chosen->reason.find("cuda_ipc: asked for"), std::string::npos)
+      << chosen->reason;
+}
+
+// A host's broker in its place would only be another surprise.
+TEST_F(BackendFactoryCudaTest, AutoDoesNotPassOverAGpuWhoseSlabCannotBeMade) {
+  Set("KVBROKER_FAKE_CUDA_VMM", "0");
+  fake_.SetForeign(0, GiB(16).count());
+  EXPECT_EQ(MakeBackend({.slab = [](Bytes, Bytes) { return GiB(1); }})
+                .status()
+                .code(),
+            absl::StatusCode::kResourceExhausted);
+  EXPECT_EQ(
+      MakeBackend({.claim =
+                       [](const std::string&) {
+                         return absl::AlreadyExistsError("another broker's");
+                       }})
+          .status(),
+      absl::AlreadyExistsError("another broker's"));
+}
+
 TEST_F(BackendFactoryCudaTest, AutoIsTheHostElseAndSaysWhy) {
   auto why_host = [] {
     absl::StatusOr<ChosenBackend> chosen = MakeBackend({});
     if (!chosen.ok()) return chosen.status().ToString();
     return chosen->backend->info().name + ": " + chosen->reason;
   };
-  Set("KVBROKER_FAKE_CUDA_VMM", "0");
+  Set("KVBROKER_FAKE_CUDA_MIG", "1");
   EXPECT_NE(why_host().find("host: Fake GPU"), std::string::npos) << why_host();
-  EXPECT_NE(why_host().find("has no virtual memory management"),
-            std::string::npos)
-      << why_host();
+  EXPECT_NE(why_host().find("is in MIG mode"), std::string::npos) << why_host();
   Set("KVBROKER_CUDA_DRIVER", "/nowhere/libcuda.so.1");
   EXPECT_NE(why_host().find("host: no CUDA driver"), std::string::npos)
       << why_host();
@@ -90,8 +142,12 @@ TEST_F(BackendFactoryCudaTest, AutoDoesNotChooseAmongGpus) {
 
 TEST_F(BackendFactoryCudaTest, WhoAsksForAGpuIsNotGivenTheHost) {
   Set("KVBROKER_FAKE_CUDA_VMM", "0");
-  EXPECT_EQ(MakeBackend({.name = "cuda"}).status().code(),
-            absl::StatusCode::kUnimplemented);
+  absl::Status status = MakeBackend({.name = "cuda"}).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kUnimplemented);
+  EXPECT_NE(status.message().find("may be auto or cuda_ipc"),
+            absl::string_view::npos)
+      << status;
+  Set("KVBROKER_FAKE_CUDA_MIG", "1");
   EXPECT_EQ(MakeBackend({.gpu = "0"}).status().code(),
             absl::StatusCode::kUnimplemented);
   Set("KVBROKER_CUDA_DRIVER", "/nowhere/libcuda.so.1");
@@ -107,11 +163,6 @@ TEST_F(BackendFactoryCudaTest, OneOfSeveralGpusMustBeNamed) {
   ASSERT_TRUE(chosen.ok()) << chosen.status();
   EXPECT_EQ(chosen->backend->info().device_uuid,
             "GPU-fa6e0000-0000-4000-8000-000000000001");
-}
-
-TEST(BackendFactoryTest, CudaIpcIsNotInThisBuild) {
-  EXPECT_EQ(MakeBackend({.name = "cuda_ipc"}).status().code(),
-            absl::StatusCode::kUnimplemented);
 }
 
 TEST(BackendFactoryTest, AnUnknownNameIsAnsweredWithTheKnownOnes) {

@@ -30,8 +30,10 @@ FakeBackend::FakeBackend(FakeBackendOptions options)
     : info_{.name = "fake",
             .device_uuid = std::move(options.device_uuid),
             .total = options.total,
-            .granularity = options.granularity},
+            .granularity = options.granularity,
+            .slab = options.fixed_addresses ? "fake slab" : ""},
       descriptors_(options.descriptors),
+      ranges_(options.total),
       next_number_(kFirstNumber) {
   KVB_CHECK(info_.granularity > Bytes(0));
 }
@@ -42,6 +44,19 @@ FakeBackend::~FakeBackend() {
 }
 
 absl::StatusOr<Handle> FakeBackend::Create(Bytes size) {
+  if (info_.fixed_addresses()) {
+    return absl::FailedPreconditionError("with fixed addresses: CreateAt");
+  }
+  return Make(size, std::nullopt);
+}
+
+absl::StatusOr<Handle> FakeBackend::CreateAt(Bytes offset, Bytes size) {
+  if (!info_.fixed_addresses()) return Backend::CreateAt(offset, size);
+  return Make(size, offset);
+}
+
+absl::StatusOr<Handle> FakeBackend::Make(Bytes size,
+                                         std::optional<Bytes> offset) {
   std::function<void(Bytes)> hook;
   {
     MutexLock lock(&mu_);
@@ -71,12 +86,23 @@ absl::StatusOr<Handle> FakeBackend::Create(Bytes size) {
                      size.count(), ", free ", free().count(), ", total ",
                      info_.total.count()));
   }
+  if (offset && offset->count() % size.count() != 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("a handle's offset must be a multiple of its size, ",
+                     size.count(), " bytes; got ", offset->count()));
+  }
+  if (offset && !ranges_.Take(*offset, size)) {
+    return absl::ResourceExhaustedError(absl::StrCat(
+        "bytes from ", offset->count(), " on are in use: ", size.count()));
+  }
   uint64_t token = next_token_++;
-  allocations_.emplace(token, Allocation{.size = size});
+  Allocation& made = allocations_[token];
+  made.size = size;
+  made.offset = offset.value_or(Bytes(0));
   used_ += size;
   ++live_handles_;
   ++counts_.creates;
-  return Handle(this, token, size);
+  return Handle(this, token, size, made.offset);
 }
 
 absl::StatusOr<UniqueFd> FakeBackend::Export(const Handle& handle) {
@@ -142,6 +168,13 @@ void FakeBackend::Release(uint64_t token) {
   it->second.live = false;
   --live_handles_;
   ++counts_.releases;
+  if (info_.fixed_addresses()) {
+    // Whoever has the slab open keeps no part of it.
+    Allocation& lease = it->second;
+    ranges_.GiveBack(lease.offset, lease.size);
+    used_ -= lease.size;
+    lease.in_use = false;
+  }
   DropUnreferenced(token);
 }
 
@@ -170,7 +203,7 @@ void FakeBackend::DropUnreferenced(uint64_t token) {
     return;
   }
   for (uint64_t key : allocation.exports) exports_.erase(key);
-  used_ -= allocation.size;
+  if (allocation.in_use) used_ -= allocation.size;
   allocations_.erase(it);
 }
 
@@ -231,6 +264,13 @@ bool FakeBackend::IsLive(uint64_t token) {
   return it != allocations_.end() && it->second.live;
 }
 
+std::optional<Bytes> FakeBackend::OffsetOf(uint64_t token) {
+  MutexLock lock(&mu_);
+  auto it = allocations_.find(token);
+  if (it == allocations_.end()) return std::nullopt;
+  return it->second.offset;
+}
+
 int64_t FakeBackend::Imports(uint64_t token) {
   MutexLock lock(&mu_);
   auto it = allocations_.find(token);
@@ -250,7 +290,7 @@ absl::Status FakeBackend::CheckInvariants() {
   int64_t imports = 0;
   size_t exports = 0;
   for (const auto& [token, allocation] : allocations_) {
-    sum += allocation.size;
+    if (allocation.in_use) sum += allocation.size;
     live += allocation.live ? 1 : 0;
     imports += allocation.imports;
     exports += allocation.exports.size();
@@ -264,6 +304,14 @@ absl::Status FakeBackend::CheckInvariants() {
     return absl::InternalError(absl::StrCat(
         "bytes of all handles differ from the bytes in use: ", sum.count(),
         " and ", used_.count()));
+  }
+  if (info_.fixed_addresses() && ranges_.taken() != used_) {
+    return absl::InternalError(
+        absl::StrCat("bytes taken of the slab differ from the bytes in use: ",
+                     ranges_.taken().count(), " and ", used_.count()));
+  }
+  if (absl::Status status = ranges_.CheckInvariants(); !status.ok()) {
+    return status;
   }
   if (used_ > info_.total) {
     return absl::InternalError(

@@ -41,6 +41,7 @@
 #include "broker/base/mutex.h"
 #include "broker/base/unique_fd.h"
 #include "broker/device/backend.h"
+#include "broker/device/range_map.h"
 
 namespace kvbroker {
 
@@ -51,6 +52,9 @@ struct FakeBackendOptions {
   Bytes granularity = KiB(4);
   std::string device_uuid = "FAKE-0";
   Descriptors descriptors = Descriptors::kNumbers;
+  // All memory is one slab; handles are leases of parts of it, and free when
+  // the creator lets go of them, whatever importers do.
+  bool fixed_addresses = false;
 };
 
 class FakeBackend : public Backend {
@@ -70,6 +74,7 @@ class FakeBackend : public Backend {
   // --- Backend ---------------------------------------------------------------
   const BackendInfo& info() const override { return info_; }
   absl::StatusOr<Handle> Create(Bytes size) override;
+  absl::StatusOr<Handle> CreateAt(Bytes offset, Bytes size) override;
   absl::StatusOr<UniqueFd> Export(const Handle& handle) override;
   // Foreign bytes included.
   absl::StatusOr<Bytes> UsedBytes() override;
@@ -101,6 +106,8 @@ class FakeBackend : public Backend {
   // Handles that the creator holds.
   int64_t live_handles();
   bool IsLive(uint64_t token);
+  // Where a handle that anybody references lies in the slab.
+  std::optional<Bytes> OffsetOf(uint64_t token);
   // How many references importers hold; 0 for an unknown token.
   int64_t Imports(uint64_t token);
   // The handle's size while anybody references it, else 0.
@@ -114,6 +121,8 @@ class FakeBackend : public Backend {
     bool live = true;  // the creator holds it
     int64_t imports = 0;
     std::vector<uint64_t> exports;  // keys in exports_
+    Bytes offset;
+    bool in_use = true;  // its bytes count
   };
   struct ExportRecord {
     uint64_t token = 0;
@@ -122,6 +131,7 @@ class FakeBackend : public Backend {
   };
 
   void Release(uint64_t token) override;
+  absl::StatusOr<Handle> Make(Bytes size, std::optional<Bytes> offset);
 
   // What Import() knows an exported descriptor by: the number itself, or the
   // inode of the pipe. 0: none.
@@ -134,6 +144,7 @@ class FakeBackend : public Backend {
   const FakeBackendOptions::Descriptors descriptors_;
 
   Mutex mu_;
+  RangeMap ranges_ ABSL_GUARDED_BY(mu_);  // with fixed addresses
   absl::flat_hash_map<uint64_t, Allocation> allocations_ ABSL_GUARDED_BY(mu_);
   absl::flat_hash_map<uint64_t, ExportRecord> exports_ ABSL_GUARDED_BY(mu_);
   uint64_t next_token_ ABSL_GUARDED_BY(mu_) = 1;

@@ -16,11 +16,18 @@ using Descriptors = FakeBackendOptions::Descriptors;
 
 class FakeHarness : public BackendHarness {
  public:
+  explicit FakeHarness(bool fixed_addresses)
+      : backend_({.total = MiB(16),
+                  .descriptors = Descriptors::kReal,
+                  .fixed_addresses = fixed_addresses}) {}
   ~FakeHarness() override {
     EXPECT_TRUE(backend_.CheckInvariants().ok()) << backend_.CheckInvariants();
   }
   Backend& backend() override { return backend_; }
   Bytes handle_size() const override { return MiB(2); }
+  Traits traits() const override {
+    return {.importers_keep_bytes = !backend_.info().fixed_addresses()};
+  }
   absl::StatusOr<std::unique_ptr<ImportedHandle>> Import(int fd,
                                                          Bytes size) override {
     ASSIGN_OR_RETURN(uint64_t token, backend_.Import(fd));
@@ -44,14 +51,17 @@ class FakeHarness : public BackendHarness {
     const uint64_t token_;
   };
 
-  FakeBackend backend_{{.total = MiB(16), .descriptors = Descriptors::kReal}};
+  FakeBackend backend_;
 };
 
-INSTANTIATE_TEST_SUITE_P(Fake, BackendConformanceTest,
-                         testing::Values(ConformanceParam{
-                             "fake",
-                             [] { return std::make_unique<FakeHarness>(); }}),
-                         ConformanceParamName);
+INSTANTIATE_TEST_SUITE_P(
+    Fake, BackendConformanceTest,
+    testing::Values(
+        ConformanceParam{"fake",
+                         [] { return std::make_unique<FakeHarness>(false); }},
+        ConformanceParam{"slab",
+                         [] { return std::make_unique<FakeHarness>(true); }}),
+    ConformanceParamName);
 
 TEST(FakeBackendTest, NumbersCostNoDescriptorAndCanBeImported) {
   FakeBackend device({.total = MiB(1)});

@@ -31,6 +31,12 @@ absl::StatusOr<Handle> FaultInjectingBackend::Create(Bytes size) {
   return behind_.Create(size);
 }
 
+absl::StatusOr<Handle> FaultInjectingBackend::CreateAt(Bytes offset,
+                                                       Bytes size) {
+  RETURN_IF_ERROR(Next(Call::kCreate));
+  return behind_.CreateAt(offset, size);
+}
+
 absl::StatusOr<UniqueFd> FaultInjectingBackend::Export(const Handle& handle) {
   RETURN_IF_ERROR(Next(Call::kExport));
   return behind_.Export(handle);

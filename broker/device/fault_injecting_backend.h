@@ -58,6 +58,8 @@ class FaultInjectingBackend : public Backend {
 
   const BackendInfo& info() const override { return behind_.info(); }
   absl::StatusOr<Handle> Create(Bytes size) override;
+  // Counts as kCreate.
+  absl::StatusOr<Handle> CreateAt(Bytes offset, Bytes size) override;
   absl::StatusOr<UniqueFd> Export(const Handle& handle) override;
   absl::StatusOr<Bytes> UsedBytes() override;
   absl::StatusOr<std::map<uint32_t, Bytes>> UsedByProcess() override {

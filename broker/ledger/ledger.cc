@@ -113,6 +113,14 @@ std::vector<HandleRef> Ledger::CloseSession(SessionId id, absl::Time now) {
 std::vector<PageIndex> Ledger::AbsentIndexes(const LedgerPool& pool,
                                              PageCount count) const {
   std::vector<PageIndex> indexes;
+  if (slab_) {
+    const Bytes page = pool.geometry.page_bytes();
+    for (Bytes offset : slab_->Find(page, static_cast<size_t>(count),
+                                    page * pool.geometry.max_pages)) {
+      indexes.push_back(PageIndex(static_cast<uint32_t>(offset / page)));
+    }
+    return indexes;
+  }
   for (uint32_t i = 0; i < pool.geometry.max_pages &&
                        static_cast<PageCount>(indexes.size()) < count;
        ++i) {
@@ -141,6 +149,8 @@ std::vector<PageName> Ledger::Charge(LedgerPool& pool, GrantId grant,
     KVB_CHECK(index.value() < pool.geometry.max_pages);
     auto [it, absent] = pool.pages.try_emplace(index);
     KVB_CHECK(absent);
+    const Bytes page = pool.geometry.page_bytes();
+    KVB_CHECK(!slab_ || slab_->Take(page * index.value(), page));
     pool.last_generation = Generation(pool.last_generation.value() + 1);
     it->second.generation = pool.last_generation;
     it->second.grant = grant;
@@ -359,6 +369,10 @@ void Ledger::EndRelease(Bytes bytes) {
   releasing_ -= bytes;
 }
 
+void Ledger::FreeRange(Bytes offset, Bytes bytes) {
+  if (slab_) slab_->GiveBack(offset, bytes);
+}
+
 absl::Status Ledger::CheckInvariants() const {
   auto broken = [](auto... words) {
     return absl::InternalError(absl::StrCat("ledger: ", words...));
@@ -454,6 +468,15 @@ absl::Status Ledger::CheckInvariants() const {
     return broken("more lent than there is: overdrawn ", overdrawn().count(),
                   ", adopted ", adopted_.count(), ", releasing ",
                   releasing_.count());
+  }
+  if (!slab_) return absl::OkStatus();
+  if (slab_->taken() != lent_ + releasing_) {
+    return broken("of the slab ", slab_->taken().count(),
+                  " bytes are taken, lent are ", lent_.count(), ", releasing ",
+                  releasing_.count());
+  }
+  if (absl::Status status = slab_->CheckInvariants(); !status.ok()) {
+    return status;
   }
   return absl::OkStatus();
 }

@@ -23,6 +23,10 @@
 // overdrawn = free + lent + stock + stocking + releasing + credit + others,
 // always; free or overdrawn is 0, and only adopting and others overdraw.
 //
+// With fixed addresses (BackendInfo) a page lies at its index times its bytes
+// in a slab as large as the capacity, which all pools share: its index is
+// chosen here (AbsentIndexes), and its place is free again after FreeRange.
+//
 // REQUIRES on the verbs are the core's duty (it has checked the peer's words);
 // breaking one is a CHECK failure.
 #ifndef KVBROKER_BROKER_LEDGER_LEDGER_H_
@@ -33,6 +37,7 @@
 #include <deque>
 #include <map>
 #include <memory>
+#include <optional>
 #include <set>
 #include <string>
 #include <utility>
@@ -45,6 +50,7 @@
 #include "broker/base/bytes.h"
 #include "broker/base/ids.h"
 #include "broker/device/backend.h"
+#include "broker/device/range_map.h"
 #include "proto/messages.h"
 
 namespace kvbroker {
@@ -106,7 +112,12 @@ class Ledger {
   using Instances = std::map<InstanceKey, LedgerInstance>;
   using StockKey = std::pair<std::string, Bytes>;  // tenant, handle's size
 
-  explicit Ledger(Bytes capacity) : capacity_(capacity) {}
+  enum class Addresses { kOfPools, kFixed };
+
+  explicit Ledger(Bytes capacity, Addresses addresses = Addresses::kOfPools)
+      : capacity_(capacity) {
+    if (addresses == Addresses::kFixed) slab_.emplace(capacity);
+  }
 
   // ---- instances, sessions, pools ----
 
@@ -135,10 +146,12 @@ class Ledger {
   // ---- pages ----
 
   // The lowest `count` absent slots of the pool, or fewer where it is full.
+  // With fixed addresses, those with the best places in the slab, or fewer
+  // where the slab has no more for such pages.
   std::vector<PageIndex> AbsentIndexes(const LedgerPool& pool,
                                        PageCount count) const;
-  // Absent -> MAKING. REQUIRES: every index absent and in range; bytes fit into
-  // free().
+  // Absent -> MAKING. REQUIRES: every index absent and in range, its place in
+  // the slab free; bytes fit into free().
   std::vector<PageName> Charge(LedgerPool& pool, GrantId grant,
                                const std::vector<PageIndex>& indexes);
   // MAKING -> OFFERED; `handles` are the page's, in order.
@@ -191,12 +204,16 @@ class Ledger {
   void BeginRelease(Bytes bytes);
   // The driver has these bytes back.
   void EndRelease(Bytes bytes);
+  // Together with EndRelease, the place of one of its pages. Does nothing
+  // without fixed addresses.
+  void FreeRange(Bytes offset, Bytes bytes);
 
   // ---- others ----
 
   // Bytes of the capacity; at most that.
   void SetOthers(Bytes bytes);
 
+  bool fixed_addresses() const { return slab_.has_value(); }
   Bytes capacity() const { return capacity_; }
   Bytes others() const { return others_; }
   // What may be lent at most at present.
@@ -256,6 +273,7 @@ class Ledger {
   }
 
   const Bytes capacity_;
+  std::optional<RangeMap> slab_;  // with fixed addresses
   Bytes lent_, stock_, stocking_, releasing_, credit_, others_;
   Bytes adopted_, making_;  // of lent_
   Bytes ever_charged_, ever_taken_;

@@ -332,8 +332,9 @@ Plan Decide(const PolicySnapshot& snapshot, const ClaimView& claim,
         "share yet";
     return plan;
   }
+  const Bytes usable = std::max(snapshot.free - claim.unusable, Bytes(0));
   if (PageCount pages =
-          FromFree(snapshot.free, room, page, claim.at_least, claim.want);
+          FromFree(usable, room, page, claim.at_least, claim.want);
       pages > 0) {
     Plan plan;
     plan.verdict = Plan::Verdict::kGrant;
@@ -344,7 +345,7 @@ Plan Decide(const PolicySnapshot& snapshot, const ClaimView& claim,
       std::min(std::max(claim.want, claim.at_least), room / page);
   if (claim.urgency == Urgency::kSpeculative) {
     Collector collector(snapshot, Bytes(0));
-    TakeIdleAhead(snapshot, claim, page * want - snapshot.free, collector);
+    TakeIdleAhead(snapshot, claim, page * want - usable, collector);
     if (collector.takes().empty()) {
       return Refuse(absl::StatusCode::kUnavailable,
                     "no memory to map ahead with");
@@ -358,7 +359,7 @@ Plan Decide(const PolicySnapshot& snapshot, const ClaimView& claim,
   const int rank = Rank(snapshot, claim);
   const bool entitled = rank < 2;
   Collector collector(snapshot,
-                      page * claim.at_least - snapshot.free - snapshot.coming);
+                      page * claim.at_least - usable - snapshot.coming);
   const bool on_its_way = collector.satisfied();
   TakeOwnIdle(snapshot, claim, collector);
   TakeOthersIdle(snapshot, claim, collector);

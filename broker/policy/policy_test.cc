@@ -248,6 +248,24 @@ TEST(ComputeShares, NeitherMoreThanThereIsNorLessThanIsNeeded) {
 
 // ---- decisions: the instance's own bounds ----------------------------------
 
+TEST(Decide, FreeMemoryThatHasNoPlaceForTheClaimIsOfNoUseToIt) {
+  Scene scene(10, {{.held = 6, .idle = 3}, {.held = 0}});
+  ClaimView claim = scene.Claim(1, 2);
+  claim.unusable = MiB(2);
+  EXPECT_EQ(scene.Decide(claim).pages, 2) << "of the four that are free";
+  claim.unusable = MiB(3);
+  const Plan plan = scene.Decide(claim);
+  EXPECT_EQ(plan.verdict, Verdict::kWait);
+  ASSERT_EQ(plan.takes.size(), 1u);
+  EXPECT_EQ(plan.takes[0].pages, 1) << "beside the one that has a place";
+  EXPECT_EQ(plan.reserve, MiB(2)) << "which may grow to one, or to two";
+  // All that is free, and more: no more is of no use than there is.
+  claim.unusable = MiB(100);
+  EXPECT_EQ(scene.Decide(claim).takes[0].pages, 2);
+  claim.urgency = Urgency::kSpeculative;
+  EXPECT_NE(scene.Decide(claim).verdict, Verdict::kGrant);
+}
+
 TEST(Decide, FreeMemoryIsGrantedUpToWhatIsWanted) {
   Scene scene(10, {{}});
   Plan plan = scene.Decide(scene.Claim(0, 2, 5));

@@ -60,6 +60,8 @@ struct ClaimView {
   PageCount at_least = 0;
   Urgency urgency = Urgency::kWaiting;
   absl::Duration age;
+  // Of the snapshot's free memory, what has no place for the claim's pages.
+  Bytes unusable;
 };
 
 struct PolicySnapshot {

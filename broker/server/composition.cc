@@ -16,7 +16,6 @@
 #include <utility>
 #include <vector>
 
-#include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "broker/base/clock.h"
@@ -77,9 +76,16 @@ absl::StatusOr<TenantBy> ParseTenantBy(const std::string& name) {
       "tenant_by must be uid_pidns, uid or socket; got \"", name, "\""));
 }
 
-absl::StatusOr<ChosenBackend> ConfiguredBackend(const BrokerConfig& config) {
+absl::StatusOr<ChosenBackend> ConfiguredBackend(
+    const BrokerConfig& config,
+    std::function<absl::Status(const std::string& device_uuid)> claim) {
   BackendOptions options = {.name = config.backend,
                             .gpu = config.gpu,
+                            .slab =
+                                [&config](Bytes total, Bytes used) {
+                                  return ResolveSlab(config, total, used);
+                                },
+                            .claim = std::move(claim),
                             .device_uuid = config.device_uuid};
   ASSIGN_OR_RETURN(ChosenBackend chosen, MakeBackend(options));
   const BackendInfo& device = chosen.backend->info();
@@ -161,23 +167,32 @@ absl::StatusOr<std::unique_ptr<RunningBroker>> RunningBroker::Start(
                                      .file = config.log_file}));
   EventLog* log = self->log_.get();
 
+  const std::string directory = SocketDirectory(config);
+  // Whoever holds the lock may take the device's memory and replace the
+  // sockets.
+  auto lock_device = [&](const std::string& device_uuid) -> absl::Status {
+    ASSIGN_OR_RETURN(self->address_,
+                     client::AddressFor(directory, device_uuid));
+    ASSIGN_OR_RETURN(self->lock_,
+                     DeviceLock::Acquire(LockDirectories(config), device_uuid,
+                                         self->address_.rpc_path));
+    return absl::OkStatus();
+  };
   if (self->options_.backend != nullptr) {
     self->backend_ = {.backend = std::move(self->options_.backend),
                       .reason = "given"};
   } else {
-    ASSIGN_OR_RETURN(self->backend_, ConfiguredBackend(config));
+    ASSIGN_OR_RETURN(self->backend_, ConfiguredBackend(config, lock_device));
   }
   const BackendInfo& device = self->backend_.backend->info();
-  ASSIGN_OR_RETURN(const Bytes capacity,
-                   ResolveCapacity(config, device.name, device.total));
+  // A slab was made as large as was wished.
+  Bytes capacity = device.total;
+  if (!device.fixed_addresses()) {
+    ASSIGN_OR_RETURN(capacity,
+                     ResolveCapacity(config, device.name, device.total));
+  }
 
-  const std::string directory = SocketDirectory(config);
-  ASSIGN_OR_RETURN(self->address_,
-                   client::AddressFor(directory, device.device_uuid));
-  // Whoever holds the lock may replace the sockets.
-  ASSIGN_OR_RETURN(self->lock_, DeviceLock::Acquire(LockDirectories(config),
-                                                    device.device_uuid,
-                                                    self->address_.rpc_path));
+  if (!self->lock_) RETURN_IF_ERROR(lock_device(device.device_uuid));
   const SocketAccess access = {.group = group,
                                .anybody = !config.allow_uids.empty()};
   RETURN_IF_ERROR(PrepareSocketDirectory(directory, access));
@@ -214,10 +229,10 @@ absl::StatusOr<std::unique_ptr<RunningBroker>> RunningBroker::Start(
       .backend = self->backend_.backend.get(),
       .clock = &Clock::Steady(),
       .capacity = capacity,
-      // A GPU is used by others, too; the other totals are the broker's own.
-      .headroom = absl::StartsWith(device.name, "cuda")
-                      ? std::optional<Bytes>(config.headroom)
-                      : std::nullopt,
+      // A GPU is used by others, too; the other totals are the broker's own,
+      // and so is a slab.
+      .headroom = device.name == "cuda" ? std::optional<Bytes>(config.headroom)
+                                        : std::nullopt,
       .charge = config.charge == "engine" ? CoreOptions::Charge::kEngine
                                           : CoreOptions::Charge::kBroker,
       .policy = config.policy,
@@ -246,6 +261,8 @@ absl::StatusOr<std::unique_ptr<RunningBroker>> RunningBroker::Start(
             broker->driver_->Do(std::move(work));
           },
   };
+  // To make a handle of a slab is to write all of it.
+  if (device.fixed_addresses()) core_options.inline_handles = 1;
   self->driver_ = std::make_unique<DriverThread>();
   if (log->Wants(LogLevel::kInfo)) {
     core_options.log = [log](std::string_view line) {
@@ -358,7 +375,10 @@ void RunningBroker::Stop() {
     loop_->Stop();
     driver_->Stop();
     log_->Write(LogLevel::kInfo,
-                "kvbrokerd stopped: engines run on with what they hold");
+                backend_.backend->info().fixed_addresses()
+                    ? "kvbrokerd stopped: the slab is gone, engines have to "
+                      "be restarted"
+                    : "kvbrokerd stopped: engines run on with what they hold");
   }
 }
 

@@ -36,7 +36,8 @@ CudaMapper::CudaMapper(const PoolGeometry& geometry, const CudaDriver& driver,
       cuda_(driver.cuda()),
       device_(std::move(device)),
       handles_(size_t{geometry.handles_per_page} * geometry.max_pages),
-      guarded_(geometry.max_pages) {}
+      guarded_(geometry.max_pages),
+      fence_(driver.cuda()) {}
 
 absl::Status CudaMapper::Start() {
   RETURN_IF_ERROR(
@@ -65,7 +66,7 @@ CudaMapper::~CudaMapper() {
       RollBack(PageIndex(page), geometry_.handles_per_page);
     }
     if (base_ != 0) cuda_.cuMemAddressFree(base_, range_bytes());
-    for (cuda::CUevent event : events_) cuda_.cuEventDestroy(event);
+    fence_.Clear();
   }
   cuda_.cuDevicePrimaryCtxRelease(device_.device);
 }
@@ -79,16 +80,6 @@ cuda::CUdeviceptr CudaMapper::AddressOf(PageIndex page, size_t handle) const {
   return base_ + (handle * geometry_.max_pages + page.value()) * handle_bytes();
 }
 
-void CudaMapper::AddStream(cuda::CUstream stream) {
-  MutexLock lock(&mu_);
-  streams_.push_back(stream);
-}
-
-void CudaMapper::RemoveStream(cuda::CUstream stream) {
-  MutexLock lock(&mu_);
-  std::erase(streams_, stream);
-}
-
 absl::Status CudaMapper::Map(PageIndex page,
                              std::vector<UniqueFd> descriptors) {
   KVB_CHECK(page.value() < geometry_.max_pages);
@@ -100,7 +91,7 @@ absl::Status CudaMapper::Map(PageIndex page,
   CurrentCudaContext current(cuda_, context_);
   RETURN_IF_ERROR(current.status());
   // They may touch the guard, which is about to go.
-  if (guard_) RETURN_IF_ERROR(WaitForStreams());
+  if (guard_) RETURN_IF_ERROR(fence_.Wait());
   for (size_t i = 0; i < descriptors.size(); ++i) {
     absl::Status mapped = MapHandle(page, i, descriptors[i].get());
     // The import is a reference of its own, and descriptors are scarce.
@@ -217,35 +208,10 @@ void CudaMapper::RollBack(PageIndex page, size_t count) {
   if (!at(page, 0).mapped) MapGuard(page).IgnoreError();
 }
 
-absl::Status CudaMapper::WaitForStreams() {
-  size_t recorded = 0;
-  {
-    MutexLock lock(&mu_);
-    for (cuda::CUstream stream : streams_) {
-      if (recorded == events_.size()) {
-        cuda::CUevent event = nullptr;
-        RETURN_IF_ERROR(CudaStatus(
-            cuda_.cuEventCreate(
-                &event, cuda::kEventBlockingSync | cuda::kEventDisableTiming),
-            "cuEventCreate"));
-        events_.push_back(event);
-      }
-      RETURN_IF_ERROR(CudaStatus(cuda_.cuEventRecord(events_[recorded], stream),
-                                 "cuEventRecord"));
-      ++recorded;
-    }
-  }
-  for (size_t i = 0; i < recorded; ++i) {
-    RETURN_IF_ERROR(
-        CudaStatus(cuda_.cuEventSynchronize(events_[i]), "cuEventSynchronize"));
-  }
-  return absl::OkStatus();
-}
-
 absl::Status CudaMapper::Unmap(PageIndex page) {
   CurrentCudaContext current(cuda_, context_);
   RETURN_IF_ERROR(current.status());
-  RETURN_IF_ERROR(WaitForStreams());
+  RETURN_IF_ERROR(fence_.Wait());
   for (size_t i = 0; i < geometry_.handles_per_page; ++i) {
     absl::Status unmapped = UnmapHandle(page, i);
     if (unmapped.ok()) continue;

@@ -27,13 +27,12 @@
 #include <string_view>
 #include <vector>
 
-#include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "broker/base/mutex.h"
 #include "broker/device/cuda/driver.h"
 #include "broker/device/cuda/probe.h"
 #include "client/arena/mapper.h"
+#include "client/arena/stream_fence.h"
 #include "proto/messages.h"
 
 namespace kvbroker::client {
@@ -59,8 +58,8 @@ class CudaMapper : public Mapper {
   absl::Status Guard() override;
 
   // Null is the context's default stream.
-  void AddStream(cuda::CUstream stream) override;
-  void RemoveStream(cuda::CUstream stream) override;
+  void AddStream(cuda::CUstream stream) override { fence_.Add(stream); }
+  void RemoveStream(cuda::CUstream stream) override { fence_.Remove(stream); }
 
  private:
   // One handle of a page as this process has it.
@@ -75,7 +74,6 @@ class CudaMapper : public Mapper {
 
   // Context and addresses; what was made is undone by the destructor.
   absl::Status Start();
-  absl::Status WaitForStreams();
 
   absl::Status MapHandle(PageIndex page, size_t handle, int descriptor);
   // Maps what is imported, with access.
@@ -113,13 +111,7 @@ class CudaMapper : public Mapper {
   // Of guard mode, and the slots that it lies behind.
   std::optional<cuda::CUmemGenericAllocationHandle> guard_;
   std::vector<bool> guarded_;
-  // One for each stream there was at once, kept to be used again.
-  std::vector<cuda::CUevent> events_;
-
-  // Held while events are recorded, so that a stream that was removed is not
-  // used any more; never while they are waited for.
-  Mutex mu_;
-  std::vector<cuda::CUstream> streams_ ABSL_GUARDED_BY(mu_);
+  StreamFence fence_;
 };
 
 }  // namespace kvbroker::client

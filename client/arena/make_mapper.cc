@@ -4,24 +4,31 @@
 #include "broker/base/status_macros.h"
 #include "client/arena/cuda_driver.h"
 #include "client/arena/cuda_mapper.h"
+#include "client/arena/gpu_mapper.h"
 #include "client/arena/host_mapper.h"
 
 namespace kvbroker::client {
 
-std::string UsualBackend(std::string_view device_uuid) {
-  return device_uuid.starts_with("GPU-") ? "cuda" : "host";
+bool IsGpu(std::string_view device_uuid) {
+  return device_uuid.starts_with("GPU-");
 }
 
 absl::StatusOr<std::unique_ptr<Mapper>> MakeMapper(
     std::string_view backend, std::string_view device_uuid,
     const PoolGeometry& geometry) {
-  if (backend == "host") return HostMapper::Create(geometry);
+  if (backend == "host" || (backend.empty() && !IsGpu(device_uuid))) {
+    return HostMapper::Create(geometry);
+  }
   if (backend == "cuda") {
     ASSIGN_OR_RETURN(const CudaDriver* driver, LoadedCudaDriver());
     return CudaMapper::Create(geometry, *driver, device_uuid);
   }
+  if (backend == "cuda_ipc" || backend.empty()) {
+    ASSIGN_OR_RETURN(const CudaDriver* driver, LoadedCudaDriver());
+    return GpuMapper::Create(geometry, *driver, device_uuid);
+  }
   return absl::InvalidArgumentError(
-      absl::StrCat("a backend is one of host, cuda; it is \"",
+      absl::StrCat("a backend is one of host, cuda, cuda_ipc; it is \"",
                    absl::string_view(backend.data(), backend.size()), "\""));
 }
 

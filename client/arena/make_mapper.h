@@ -3,7 +3,6 @@
 #define KVBROKER_CLIENT_ARENA_MAKE_MAPPER_H_
 
 #include <memory>
-#include <string>
 #include <string_view>
 
 #include "absl/status/statusor.h"
@@ -12,13 +11,15 @@
 
 namespace kvbroker::client {
 
-// "cuda" where the device is called as GPUs are (GPU-...), else "host".
-std::string UsualBackend(std::string_view device_uuid);
+// Whether the device is called as GPUs are (GPU-...).
+bool IsGpu(std::string_view device_uuid);
 
-// `backend` is "host" or "cuda", `device_uuid` names the GPU. The CUDA driver is
+// `backend` is "host", "cuda", "cuda_ipc", or empty: on a GPU what the broker
+// lends there, else "host". `device_uuid` names the GPU. The CUDA driver is
 // loaded with the first mapper that wants it, and stays.
-// INVALID_ARGUMENT: no such backend, or a geometry that it cannot have. NOT_FOUND,
-// FAILED_PRECONDITION: no driver, or the process does not see that GPU.
+// INVALID_ARGUMENT: no such backend, or a geometry that it cannot have.
+// NOT_FOUND, FAILED_PRECONDITION: no driver, or the process does not see that
+// GPU.
 absl::StatusOr<std::unique_ptr<Mapper>> MakeMapper(
     std::string_view backend, std::string_view device_uuid,
     const PoolGeometry& geometry);

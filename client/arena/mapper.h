@@ -1,6 +1,7 @@
 // Mapper: a pool's address range, and the pages mapped into it.
 //
 //   ASSIGN_OR_RETURN(auto mapper, HostMapper::Create(geometry));
+//   RETURN_IF_ERROR(mapper->Begin(opened));
 //   RETURN_IF_ERROR(mapper->Map(page, std::move(descriptors)));
 //   ... engines read and write within mapper->region(0) ...
 //   RETURN_IF_ERROR(mapper->Unmap(page));
@@ -9,7 +10,8 @@
 // memory. In the contiguous layout there is one region, and page p lies at
 // p * page bytes. In the per-layer layout there is a region for each handle of a
 // page (a layer's K or V buffer), and handle h of page p lies in region h at
-// p * handle bytes. An address that is not mapped faults, but in guard mode.
+// p * handle bytes. An address that is not mapped faults, except in guard mode and
+// in a slab that several processes share (cuda_ipc_mapper.h).
 //
 // Guard mode is for engines whose kernels touch addresses of pages that they do
 // not hold: stale rows of a block table, whole-tensor operations. One handle of
@@ -33,6 +35,12 @@ class Mapper {
  public:
   virtual ~Mapper() = default;
 
+  // The broker has opened the session, for the first time: what it lends is
+  // known. Once, and before all else. Fails where the pool cannot map that.
+  virtual absl::Status Begin(const Opened& /*opened*/) {
+    return absl::OkStatus();
+  }
+
   // Imports and maps the page's handles, in order. All or nothing.
   // REQUIRES: the page is not mapped, as many descriptors as handles a page.
   virtual absl::Status Map(PageIndex page,
@@ -42,7 +50,7 @@ class Mapper {
   // happened: work that was queued before still uses it.
   virtual absl::Status Unmap(PageIndex page) = 0;
 
-  // Start of a region; fixed for the mapper's life. An address of the device:
+  // Start of a region; fixed from Begin on. An address of the device:
   // whether this process can read it depends on the kind of memory.
   virtual std::byte* region(size_t handle_of_page) const = 0;
 

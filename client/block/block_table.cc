@@ -45,6 +45,16 @@ size_t BlockTable::TakeAbsent(absl::Span<PageIndex> out) {
   return count;
 }
 
+absl::Status BlockTable::TakeAbsentAt(PageIndex page) {
+  const uint32_t index = page.value();
+  if (index < pages_.size() && pages_[index].state == PageState::kAbsent &&
+      !absent_.Contains(index)) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("Page holds no whole block; page: ", index));
+  }
+  return Transition(page, PageState::kAbsent, PageState::kRequested);
+}
+
 absl::Status BlockTable::Back(PageIndex page, Generation generation) {
   RETURN_IF_ERROR(Transition(page, PageState::kRequested, PageState::kBacked));
   pages_[page.value()].generation = generation;

@@ -85,6 +85,9 @@ class BlockTable {
 
   // The lowest absent indexes that hold a whole block; now REQUESTED.
   size_t TakeAbsent(absl::Span<PageIndex> out);
+  // The same of one page, which the broker chose. FailedPrecondition: it is not
+  // absent, or holds no whole block.
+  absl::Status TakeAbsentAt(PageIndex page);
   // The page is mapped: its blocks are free from now on.
   absl::Status Back(PageIndex page, Generation generation);
   // It was refused, or cancelled.

@@ -93,6 +93,11 @@ BlockTableModel::Pages BlockTableModel::TakeAbsent(size_t count) {
   return taken;
 }
 
+bool BlockTableModel::TakeAbsentAt(uint32_t page) {
+  if (!pages_.contains(page) || blocks_of_.at(page).empty()) return false;
+  return Move(page, PageState::kAbsent, PageState::kRequested);
+}
+
 bool BlockTableModel::Back(uint32_t page) {
   if (!Move(page, PageState::kRequested, PageState::kBacked)) return false;
   pages_[page].last_step = 0;

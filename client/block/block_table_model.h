@@ -30,6 +30,7 @@ class BlockTableModel {
 
   // ---- The same calls, with the table's answer where it has a choice.
   Pages TakeAbsent(size_t count);
+  bool TakeAbsentAt(uint32_t page);
   bool Back(uint32_t page);
   bool Abandon(uint32_t page);
   std::string Alloc(size_t count, bool ok, const Blocks& chosen);

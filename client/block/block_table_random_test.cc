@@ -29,6 +29,7 @@ using Blocks = std::vector<BlockId>;
 
 enum Op {
   kTakeAbsent,     // count
+  kTakeAbsentAt,   // page
   kBack,           // which
   kAbandon,        // which
   kAlloc,          // count
@@ -55,12 +56,12 @@ enum Op {
 };
 
 constexpr const char* kOpNames[] = {
-    "kTakeAbsent",    "kBack",         "kAbandon",     "kAlloc",
-    "kFree",          "kCache",        "kTouch",       "kUncache",
-    "kTrimCached",    "kDrain",        "kFreeWrongly", "kBackWrongly",
-    "kTick",          "kCompleteStep", "kTakeClosed",  "kTakeIdle",
-    "kTakeIdleSince", "kTakeCached",   "kClose",       "kVacate",
-    "kReopen",        "kReturned",     "kKeepBacked"};
+    "kTakeAbsent",  "kTakeAbsentAt",  "kBack",         "kAbandon",
+    "kAlloc",       "kFree",          "kCache",        "kTouch",
+    "kUncache",     "kTrimCached",    "kDrain",        "kFreeWrongly",
+    "kBackWrongly", "kTick",          "kCompleteStep", "kTakeClosed",
+    "kTakeIdle",    "kTakeIdleSince", "kTakeCached",   "kClose",
+    "kVacate",      "kReopen",        "kReturned",     "kKeepBacked"};
 static_assert(std::size(kOpNames) == kOps);
 
 // `a` and `b` mean what the op's comment says; "which" counts from the first
@@ -107,6 +108,9 @@ class SideBySide {
       case kTakeAbsent:
         return SamePages(it.a, &BlockTable::TakeAbsent,
                          model_.TakeAbsent(it.a));
+      case kTakeAbsentAt:
+        return Same(table_.TakeAbsentAt(PageIndex(it.a)).ok(),
+                    model_.TakeAbsentAt(it.a));
       case kBack: {
         const auto page = Which(model_.PagesIn(PageState::kRequested), it.a);
         return Same(table_.Back(PageIndex(page), Generation(1)).ok(),
@@ -349,8 +353,8 @@ std::vector<Instruction> RandomInstructions(std::mt19937& random,
     const Op op = static_cast<Op>(ops(random));
     Instruction it{op, below(batch + 1), below(batch + 1)};
     if (op == kFree || op == kCache || op == kUncache || op == kTouch ||
-        op == kFreeWrongly || op == kBackWrongly) {
-      it.a = below(64);
+        op == kFreeWrongly || op == kBackWrongly || op == kTakeAbsentAt) {
+      it.a = below(op == kTakeAbsentAt ? 16 : 64);
     }
     instructions.push_back(it);
   }

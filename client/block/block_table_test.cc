@@ -155,6 +155,24 @@ TEST(BlockTableTest, APageThatHoldsNoWholeBlockIsNeverAskedFor) {
   EXPECT_THAT(table.TakeAbsent(6), ElementsAre(0, 4, 5));
 }
 
+TEST(BlockTableTest, AnotherMayChooseThePage) {
+  Table table;
+  EXPECT_EQ(table->TakeAbsentAt(PageIndex(5)), absl::OkStatus());
+  EXPECT_EQ(table->page_state(PageIndex(5)), PageState::kRequested);
+  for (uint32_t page : {5u, 8u, ~0u}) {  // asked for already, or no such page
+    EXPECT_EQ(table->TakeAbsentAt(PageIndex(page)).code(),
+              absl::StatusCode::kFailedPrecondition);
+  }
+  EXPECT_THAT(table.TakeAbsent(100), SizeIs(7));
+  Table odd({.page_bytes = Bytes(18),
+             .block_bytes = Bytes(15),
+             .max_pages = 6,
+             .reserve_null_block = false});
+  EXPECT_EQ(odd->TakeAbsentAt(PageIndex(1)).code(),
+            absl::StatusCode::kFailedPrecondition);
+  EXPECT_EQ(odd->pages(PageState::kAbsent), 3u);
+}
+
 TEST(BlockTableTest, BlocksAreHandedOutOnlyOnceTheirPageIsBacked) {
   Table table;
   table.TakeAbsent(1);

@@ -157,8 +157,8 @@ void kvb_session_options_set_address(kvb_session_options* options,
 /* Of several brokers: a device's uuid, a prefix of it, or its index. */
 void kvb_session_options_set_gpu(kvb_session_options* options,
                                  const char* gpu) KVB_NOEXCEPT;
-/* The kind of memory that is mapped, "host" or "cuda". By default what goes with
- * the broker's device: "cuda" where that is called GPU-..., else "host". */
+/* The kind of memory that is mapped, "host", "cuda" or "cuda_ipc". By default
+ * what the broker lends. */
 void kvb_session_options_set_backend(kvb_session_options* options,
                                      const char* backend) KVB_NOEXCEPT;
 /* Which member of the instance this process is; taken by one at a time. */

@@ -63,6 +63,9 @@ class RecordingMapper : public Mapper {
  public:
   ~RecordingMapper() override;
 
+  absl::Status Begin(const Opened& opened) override {
+    return mapper_->Begin(opened);
+  }
   absl::Status Map(PageIndex page, std::vector<UniqueFd> descriptors) override;
   absl::Status Unmap(PageIndex page) override;
   std::byte* region(size_t handle_of_page) const override;

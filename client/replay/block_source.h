@@ -82,7 +82,8 @@ class BlockSource {
   // What was in pages when they came; nothing where nobody looked.
   virtual std::optional<FreshCounts> Fresh() const { return std::nullopt; }
 
-  // Not OK: the device failed, and contents are what they are.
+  // Not OK: the device failed, or memory went with its broker; contents are
+  // what they are, and the replay ends.
   virtual absl::Status Health() const { return absl::OkStatus(); }
 
   // The block's contents, `block_bytes()` of them. REQUIRES: allocated, all

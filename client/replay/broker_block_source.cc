@@ -37,6 +37,14 @@ class BrokerBlockSource : public PoolBlockSource {
     return wrappers_.fresh->counts();
   }
 
+  absl::Status Health() const override {
+    // Where it is UNAVAILABLE, a broker, or the device, may come back.
+    const absl::Status health = session_->pool(0).health();
+    return absl::IsFailedPrecondition(health) || IsPoisoned(health)
+               ? health
+               : absl::OkStatus();
+  }
+
  private:
   const Wrappers wrappers_;
   std::unique_ptr<client::Session> session_;
@@ -71,8 +79,7 @@ class CudaBlockSource : public BrokerBlockSource {
   }
   absl::Status Health() const override {
     RETURN_IF_ERROR(memory_->status());
-    const absl::Status of_pool = pool().health();
-    return IsPoisoned(of_pool) ? of_pool : absl::OkStatus();
+    return BrokerBlockSource::Health();
   }
   std::optional<OtherMemory> Other() const override {
     if (activations_ == nullptr) return std::nullopt;
@@ -122,9 +129,7 @@ absl::StatusOr<std::unique_ptr<BlockSource>> MakeBrokerBlockSource(
   pool.block_bytes = options.geometry.block_bytes;
   pool.guard = options.guard;
   session.pools.push_back(std::move(pool));
-  session.backend = options.backend.empty()
-                        ? client::UsualBackend(broker.device_uuid)
-                        : options.backend;
+  session.backend = options.backend;
   BrokerBlockSource::Wrappers wrappers;
   if (!options.history_file.empty()) {
     ASSIGN_OR_RETURN(
@@ -133,7 +138,7 @@ absl::StatusOr<std::unique_ptr<BlockSource>> MakeBrokerBlockSource(
   }
   if (options.check_fresh) {
     FreshPages::Reader reader;
-    if (session.backend == "cuda") {
+    if (client::IsGpu(broker.device_uuid)) {
       ASSIGN_OR_RETURN(const CudaDriver* driver, client::LoadedCudaDriver());
       ASSIGN_OR_RETURN(reader,
                        FreshPages::CudaReader(*driver, broker.device_uuid));
@@ -151,7 +156,7 @@ absl::StatusOr<std::unique_ptr<BlockSource>> MakeBrokerBlockSource(
   };
   ASSIGN_OR_RETURN(std::unique_ptr<client::Session> opened,
                    client::OpenSession(broker, std::move(session)));
-  if (opened->opened().backend == "cuda") {
+  if (opened->opened().backend.starts_with("cuda")) {
     ASSIGN_OR_RETURN(const CudaDriver* driver, client::LoadedCudaDriver());
     ASSIGN_OR_RETURN(
         std::unique_ptr<CudaBlockMemory> memory,

@@ -22,6 +22,9 @@ class FreshPages::LookingMapper : public client::Mapper {
   LookingMapper(FreshPages& fresh, std::unique_ptr<client::Mapper> mapper)
       : fresh_(fresh), mapper_(std::move(mapper)) {}
 
+  absl::Status Begin(const Opened& opened) override {
+    return mapper_->Begin(opened);
+  }
   absl::Status Map(PageIndex page, std::vector<UniqueFd> descriptors) override {
     RETURN_IF_ERROR(mapper_->Map(page, std::move(descriptors)));
     absl::Status looked = fresh_.Look(

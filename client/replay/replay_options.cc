@@ -249,10 +249,10 @@ void AddOptions(CLI::App& app, ReplayOptions& options, Fields& fields) {
       ->type_name("GPU")
       ->group(memory);
   app.add_option("--backend", options.backend,
-                 "The kind of memory that the broker lends: host or cuda [by "
-                 "the device's name: GPU-... has cuda]")
+                 "The kind of memory that the broker shall lend: host, cuda or "
+                 "cuda_ipc [whichever it lends]")
       ->type_name("NAME")
-      ->check(CLI::IsMember({"host", "cuda"}))
+      ->check(CLI::IsMember({"host", "cuda", "cuda_ipc"}))
       ->group(memory);
   app.add_option("--activations", fields.activations,
                  "With cuda: memory besides the KV cache that is taken and given "

@@ -44,7 +44,7 @@ struct ReplayOptions {
   std::optional<Bytes> static_share;  // unset: elastic, from the broker
   std::string address;                // the broker's; empty: found by itself
   std::string gpu;      // of several brokers; empty: there is one
-  std::string backend;  // "host", "cuda"; empty: what the device's name says
+  std::string backend;  // "host", "cuda", "cuda_ipc"; empty: the broker's
   // GPU memory that is taken and given back all the time, and declared.
   std::optional<Bytes> activations;
   bool guard = false;  // memory of its own behind slots without a page

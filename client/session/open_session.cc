@@ -55,8 +55,8 @@ absl::StatusOr<std::unique_ptr<Session>> TryOpenSession(
 
 absl::StatusOr<std::unique_ptr<Session>> OpenSession(
     const BrokerAddress& address, SessionOptions options) {
-  if (options.backend.empty()) {
-    options.backend = UsualBackend(address.device_uuid);
+  if (options.backend.empty() && !IsGpu(address.device_uuid)) {
+    options.backend = "host";
   }
   const absl::Time start = absl::Now();
   const absl::Time give_up = start + options.open_timeout;

@@ -15,7 +15,8 @@ namespace kvbroker::client {
 // and does not answer, is waited for until `options.open_timeout` is over.
 //
 // An empty `options.backend` means the kind of memory that goes with the
-// address: "cuda" where its device is called GPU-..., else "host".
+// address: where its device is called GPU-..., what the broker lends of it
+// (cuda or cuda_ipc), else "host".
 absl::StatusOr<std::unique_ptr<Session>> OpenSession(
     const BrokerAddress& address, SessionOptions options);
 

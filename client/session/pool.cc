@@ -73,7 +73,7 @@ Pool::~Pool() = default;
 
 bool Pool::Alloc(absl::Span<BlockId> out, Urgency urgency) {
   MutexLock lock(&mu_);
-  if (closed_) return false;
+  if (closed_ || gone_) return false;
   const bool running = urgency == Urgency::kRunning;
   Wish& wished = wish(urgency);
   std::optional<absl::Time> give_up;
@@ -108,6 +108,7 @@ bool Pool::Alloc(absl::Span<BlockId> out, Urgency urgency) {
     ++missing_;
     memory_came_.WaitWithDeadline(&mu_, absl::Now() + (*give_up - now));
     --missing_;
+    if (gone_) return false;
   }
   // A smaller request than the one that missed says nothing of that one.
   if (wished.pages != 0 && out.size() >= wished.blocks) {
@@ -143,6 +144,7 @@ absl::Status Pool::Cache(absl::Span<const BlockId> blocks) {
 bool Pool::Touch(absl::Span<const BlockId> blocks,
                  absl::Span<const BlockGeneration> generations) {
   MutexLock lock(&mu_);
+  if (gone_) return false;
   bool touched = table_.Touch(blocks, generations);
   Changed();
   return touched;
@@ -160,6 +162,7 @@ size_t Pool::DrainRemovals(absl::Span<BlockRemoval> out) {
 
 size_t Pool::available_blocks() {
   MutexLock lock(&mu_);
+  if (gone_) return 0;
   return table_.allocatable_blocks() +
          static_cast<size_t>(promised_pages(clock_.Now())) * blocks_per_page_;
 }
@@ -271,7 +274,8 @@ absl::Status Pool::health() {
 PageCount Pool::MissingPages(size_t blocks) {
   if (blocks <= table_.allocatable_blocks()) return 0;
   size_t missing = blocks - table_.allocatable_blocks();
-  if (options_.reserve_null_block &&
+  // Where the broker chooses, the null block's page may be another's.
+  if (options_.reserve_null_block && slots_ == Slots::kOwn &&
       table_.page_state(PageIndex(0)) != PageState::kBacked) {
     ++missing;  // it is on the first page that comes
   }
@@ -340,9 +344,10 @@ Pool::Question* Pool::QuestionOf(Urgency urgency) {
 
 // ---- the worker's side: what the broker says ----
 
-void Pool::OnOpened(PoolId id, Bytes max, Bytes capacity) {
+void Pool::OnOpened(PoolId id, Bytes max, Bytes capacity, Slots slots) {
   MutexLock lock(&mu_);
   id_ = id;
+  slots_ = slots;
   max_ = max;
   capacity_ = capacity;
   connected_ = true;
@@ -378,7 +383,7 @@ void Pool::OnGranted(const Granted& granted,
                      std::vector<UniqueFd> descriptors) {
   std::optional<Question> question;
   // Of the pages granted, those that were asked for, each once.
-  std::vector<bool> wanted(granted.pages.size());
+  std::vector<bool> wanted;
   const size_t per_page = options_.geometry.handles_per_page;
   {
     MutexLock lock(&mu_);
@@ -388,15 +393,7 @@ void Pool::OnGranted(const Granted& granted,
       questions_.erase(it);
       break;
     }
-    if (question) {
-      std::set<PageIndex> asked(question->pages.begin(), question->pages.end());
-      for (size_t i = 0; i < granted.pages.size(); ++i) {
-        wanted[i] = asked.erase(granted.pages[i].index) == 1;
-        arriving_ += wanted[i];
-      }
-      // Slots that were asked for and not granted are free to ask for again.
-      for (PageIndex page : asked) KVB_CHECK(table_.Abandon(page).ok());
-    }
+    if (question) wanted = TakeGranted(granted, *question);
   }
   Mapped mapped;
   mapped.grant = granted.grant;
@@ -455,6 +452,24 @@ void Pool::OnGranted(const Granted& granted,
   }
   session_.Send(std::move(mapped));
   if (for_a_wish && options_.on_memory) options_.on_memory();
+}
+
+std::vector<bool> Pool::TakeGranted(const Granted& granted,
+                                    const Question& question) {
+  std::vector<bool> taken(granted.pages.size());
+  std::set<PageIndex> asked(question.pages.begin(), question.pages.end());
+  PageCount count = 0;
+  for (size_t i = 0; i < granted.pages.size(); ++i) {
+    const PageIndex page = granted.pages[i].index;
+    taken[i] = slots_ == Slots::kOwn
+                   ? asked.erase(page) == 1
+                   : count < question.want && table_.TakeAbsentAt(page).ok();
+    count += taken[i];
+  }
+  arriving_ += count;
+  // Slots that were asked for and not granted are free to ask for again.
+  for (PageIndex page : asked) KVB_CHECK(table_.Abandon(page).ok());
+  return taken;
 }
 
 void Pool::OnCredit(const Granted& granted) {
@@ -523,9 +538,10 @@ void Pool::OnReclaim(const Reclaim& reclaim) {
   }
 }
 
-void Pool::OnDisconnected(const absl::Status& why) {
+void Pool::OnDisconnected(const absl::Status& why, Memory memory) {
   MutexLock lock(&mu_);
   connected_ = false;
+  if (memory == Memory::kGone) gone_ = true;
   why_not_ = why;
   order_.reset();
   credit_ = 0;
@@ -710,15 +726,27 @@ absl::Time Pool::Decay(absl::Time now) {
   return due;
 }
 
+PageCount Pool::absent_slots() {
+  PageCount absent = static_cast<PageCount>(table_.pages(PageState::kAbsent));
+  if (slots_ == Slots::kOwn) return absent;
+  for (const Question& question : questions_) {
+    if (!question.credit) absent -= question.want;
+  }
+  return std::max<PageCount>(absent, 0);
+}
+
 void Pool::Ask(Urgency urgency, PageCount want, PageCount at_least,
                Sequence replaces) {
   // The rest is asked for by the next try, which misses it.
   want = std::min(want, kMaxPagesPerClaim);
   at_least = std::min(at_least, kMaxPagesPerClaim);
   Question question;
-  question.pages.resize(static_cast<size_t>(want));
-  question.pages.resize(table_.TakeAbsent(absl::MakeSpan(question.pages)));
-  if (static_cast<PageCount>(question.pages.size()) < at_least) {
+  question.want = std::min(want, absent_slots());
+  if (slots_ == Slots::kOwn) {
+    question.pages.resize(static_cast<size_t>(question.want));
+    table_.TakeAbsent(absl::MakeSpan(question.pages));
+  }
+  if (question.want < at_least) {
     // The address range is full: nothing to ask for.
     for (PageIndex page : question.pages) {
       KVB_CHECK(table_.Abandon(page).ok());
@@ -738,7 +766,7 @@ void Pool::Ask(Urgency urgency, PageCount want, PageCount at_least,
   Acquire acquire;
   acquire.sequence = question.sequence;
   acquire.pool = id_;
-  acquire.want = static_cast<PageCount>(question.pages.size());
+  acquire.want = question.want;
   acquire.at_least = at_least;
   acquire.indexes = question.pages;
   acquire.urgency = urgency;

@@ -149,14 +149,20 @@ class Pool {
   // ---- the worker's side ----
 
   // The broker knows the pool by this from now on.
-  void OnOpened(PoolId id, Bytes max, Bytes capacity);
+  // With `slots` kBrokers the broker chooses the indexes of pages.
+  enum class Slots { kOwn, kBrokers };
+  void OnOpened(PoolId id, Bytes max, Bytes capacity,
+                Slots slots = Slots::kOwn);
   // All descriptors of the grant, in order. Maps, backs, acknowledges.
   void OnGranted(const Granted& granted, std::vector<UniqueFd> descriptors);
   void OnCredit(const Granted& granted);
   void OnRefused(const Refused& refused);
   void OnReclaim(const Reclaim& reclaim);
   void OnLimits(Bytes max);
-  void OnDisconnected(const absl::Status& why);
+  // With `memory` kGone the pages' contents went with the broker: no block is
+  // handed out any more.
+  enum class Memory { kStays, kGone };
+  void OnDisconnected(const absl::Status& why, Memory memory = Memory::kStays);
   // All pages that are mapped, by the names they were granted under.
   std::vector<PageName> HeldPages();
   // Does what is due; says when to call again at the latest.
@@ -182,6 +188,8 @@ class Pool {
     Urgency urgency = Urgency::kWaiting;
     bool credit = false;
     PageCount at_least = 0;
+    PageCount want = 0;
+    // The slots for them; none where the broker chooses.
     std::vector<PageIndex> pages;
     bool cancelled = false;
   };
@@ -206,6 +214,13 @@ class Pool {
   PageCount promised_pages(absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
     return arriving_ + (now < credit_until_ ? credit_ : 0);
   }
+  // Slots that a question can still be asked for.
+  PageCount absent_slots() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Puts the granted pages that answer the question into the table, as
+  // REQUESTED; which of them those are.
+  std::vector<bool> TakeGranted(const Granted& granted,
+                                const Question& question)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void Ask(Urgency urgency, PageCount want, PageCount at_least,
            Sequence replaces) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
@@ -242,7 +257,9 @@ class Pool {
   CondVar memory_came_;
   PoolId id_ ABSL_GUARDED_BY(mu_);
   BlockTable table_ ABSL_GUARDED_BY(mu_);
+  Slots slots_ ABSL_GUARDED_BY(mu_) = Slots::kOwn;
   bool connected_ ABSL_GUARDED_BY(mu_) = false;
+  bool gone_ ABSL_GUARDED_BY(mu_) = false;  // the memory, with its broker
   bool closed_ ABSL_GUARDED_BY(mu_) = false;
   absl::Status why_not_ ABSL_GUARDED_BY(mu_);
   // Of the mapper, while the device is lost to this process.

@@ -1244,5 +1244,114 @@ TEST_F(PoolTest, CloseWaitsForRunningWork) {
   EXPECT_THAT(session_.TakeOnly<Return>().pages, SizeIs(1));
 }
 
+// ---- pages where the broker puts them ----
+
+class PoolInSlabTest : public PoolTest {
+ protected:
+  void MakeInSlab(PoolOptions options = QuietOptions()) {
+    Make(std::move(options));
+    pool_->OnOpened(kPool, GiB(1), GiB(1), Pool::Slots::kBrokers);
+  }
+
+  // The broker's answer with these pages.
+  void GrantAt(const Acquire& asked, const std::vector<uint32_t>& indexes) {
+    EXPECT_THAT(asked.indexes, IsEmpty());
+    Acquire chosen = asked;
+    for (uint32_t index : indexes) chosen.indexes.push_back(PageIndex(index));
+    Grant(chosen);
+  }
+};
+
+TEST_F(PoolInSlabTest, TakesThePagesThatTheBrokerChose) {
+  MakeInSlab();
+  EXPECT_FALSE(Alloc(2 * kBlocksPerPage));
+  pool_->Work();
+  const Acquire asked = session_.TakeOnly<Acquire>();
+  EXPECT_EQ(asked.want, 2);
+  GrantAt(asked, {11, 5});
+  EXPECT_THAT(session_.TakeOnly<Mapped>().failed, IsEmpty());
+  EXPECT_EQ(mapper_->mapped(), 2u);
+  // Blocks are called by where they lie.
+  auto blocks = Alloc(2 * kBlocksPerPage);
+  ASSERT_TRUE(blocks);
+  for (BlockId block : *blocks) {
+    const size_t page = static_cast<size_t>(block) / kBlocksPerPage;
+    EXPECT_TRUE(page == 5 || page == 11) << block;
+  }
+}
+
+TEST_F(PoolInSlabTest, TheFirstPageNeedNotBeTheNullBlocks) {
+  PoolOptions options = QuietOptions();
+  options.reserve_null_block = true;
+  MakeInSlab(options);
+  EXPECT_FALSE(Alloc(kBlocksPerPage));
+  pool_->Work();
+  const Acquire asked = session_.TakeOnly<Acquire>();
+  EXPECT_EQ(asked.want, 1) << "page 0 may be another's";
+  GrantAt(asked, {3});
+  EXPECT_TRUE(Alloc(kBlocksPerPage));
+}
+
+TEST_F(PoolInSlabTest, PagesThatItCannotHaveAreGivenBack) {
+  MakeInSlab();
+  EXPECT_FALSE(Alloc(3 * kBlocksPerPage));
+  pool_->Work();
+  // One twice, one beyond its addresses, and then more than it asked for.
+  GrantAt(session_.TakeOnly<Acquire>(), {4, 4, 16, 5, 6, 7});
+  EXPECT_THAT(session_.TakeOnly<Mapped>().failed, SizeIs(3));
+  EXPECT_EQ(mapper_->mapped(), 3u);
+  EXPECT_EQ(pool_->CheckInvariants(), absl::OkStatus());
+}
+
+TEST_F(PoolInSlabTest, AsksForNoMoreThanItHasSlotsFor) {
+  MakeInSlab();
+  EXPECT_FALSE(Alloc(16 * kBlocksPerPage));
+  pool_->Work();
+  const Acquire asked = session_.TakeOnly<Acquire>();
+  EXPECT_EQ(asked.want, 16);
+  EXPECT_FALSE(Alloc(1, Urgency::kRunning));
+  pool_->Work();
+  EXPECT_THAT(session_.Take<Acquire>(), IsEmpty()) << "all are asked for";
+  Refuse(asked);
+  EXPECT_FALSE(Alloc(17 * kBlocksPerPage));
+  clock_.Advance(absl::Milliseconds(51));
+  pool_->Work();
+  EXPECT_THAT(session_.Take<Acquire>(), IsEmpty()) << "never enough";
+}
+
+TEST_F(PoolInSlabTest, GivesPagesBackByTheirNames) {
+  MakeInSlab();
+  EXPECT_FALSE(Alloc(kBlocksPerPage));
+  pool_->Work();
+  GrantAt(session_.TakeOnly<Acquire>(), {9});
+  auto blocks = Alloc(kBlocksPerPage);
+  ASSERT_TRUE(blocks);
+  ASSERT_TRUE(pool_->Free(*blocks).ok());
+  pool_->Close();
+  const Return back = session_.TakeOnly<Return>();
+  ASSERT_THAT(back.pages, SizeIs(1));
+  EXPECT_EQ(back.pages[0].index, PageIndex(9));
+}
+
+TEST_F(PoolInSlabTest, MemoryThatIsGoneIsNotHandedOut) {
+  MakeInSlab();
+  EXPECT_FALSE(Alloc(kBlocksPerPage));
+  pool_->Work();
+  GrantAt(session_.TakeOnly<Acquire>(), {9});
+  auto blocks = Alloc(2);
+  ASSERT_TRUE(blocks);
+  std::vector<BlockGeneration> generations;
+  for (BlockId block : *blocks) {
+    generations.push_back(pool_->generation(block));
+  }
+  ASSERT_TRUE(pool_->Cache(*blocks).ok());
+  pool_->OnDisconnected(absl::FailedPreconditionError("restart"),
+                        Pool::Memory::kGone);
+  EXPECT_FALSE(Alloc(1));
+  EXPECT_FALSE(pool_->Touch(*blocks, generations));
+  EXPECT_EQ(pool_->available_blocks(), 0u);
+  EXPECT_EQ(pool_->health(), absl::FailedPreconditionError("restart"));
+}
+
 }  // namespace
 }  // namespace kvbroker::client

@@ -481,6 +481,13 @@ void Session::Process(const Opened& opened) {
         "the broker lends ", opened.backend, " memory, and this process maps ",
         options_.backend, " memory: name another broker, or the other kind")));
   }
+  if (!resumes) {
+    for (auto& pool : pools_) {
+      if (absl::Status begun = pool->mapper().Begin(opened); !begun.ok()) {
+        return LeaveAlone(std::move(begun));
+      }
+    }
+  }
   if (resumes && (opened.feature_bits & kFeatureResume) == 0) {
     // Nobody would know whose the pages are that this process maps.
     return LeaveAlone(absl::FailedPreconditionError(
@@ -491,7 +498,9 @@ void Session::Process(const Opened& opened) {
   opened_at_ = clock_.Now();
   if (resumes) SayResume();
   for (const auto& [id, pool] : pool_by_id_) {
-    pool->OnOpened(id, opened.max, opened.capacity);
+    pool->OnOpened(
+        id, opened.max, opened.capacity,
+        opened.slab.empty() ? Pool::Slots::kOwn : Pool::Slots::kBrokers);
   }
   // Last: who waits for it uses the pools at once.
   MutexLock lock(&mu_);
@@ -690,7 +699,22 @@ void Session::Process(const Disconnected& disconnected) {
   absl::Status why = disconnected.why.ok()
                          ? absl::UnavailableError("the broker is gone")
                          : disconnected.why;
-  for (auto& pool : pools_) pool->OnDisconnected(why);
+  bool memory_gone;
+  {
+    MutexLock lock(&mu_);
+    memory_gone = opened_ && !opened_->slab.empty();
+  }
+  if (memory_gone) {
+    connect_ = nullptr;
+    why = absl::FailedPreconditionError(absl::StrCat(
+        "the broker is gone, and the memory that it lent with it (its backend "
+        "is ",
+        opened().backend, "): restart this process; ", why.message()));
+  }
+  for (auto& pool : pools_) {
+    pool->OnDisconnected(
+        why, memory_gone ? Pool::Memory::kGone : Pool::Memory::kStays);
+  }
   MutexLock lock(&mu_);
   health_ = why;
   if (room_ && !room_->answer) room_->answer = why;

@@ -19,6 +19,10 @@
 //                        |                      +---+ nobody there     v
 //                        +--- Opened; Resume, page by page ------ RESUMING
 //
+// Where the broker's memory is one slab (Opened.slab), it ends with its broker:
+// the session stays away, `health` says to restart the process, and its pools
+// hand out no more blocks.
+//
 // A broker's word is not taken for more than it can be. Pages that were not
 // asked for are not mapped, and it is told that they failed. What makes no
 // sense at all (Opened twice or not of these pools, descriptors beyond their
@@ -72,8 +76,8 @@ struct SessionOptions {
   // The operator ended this session. By default: says so on stderr and ends the
   // process with status 86.
   std::function<void(const std::string& reason)> on_fenced;
-  // The kind of memory that the mappers map ("host", "cuda"): a broker that lends
-  // another one is refused. Empty: any.
+  // The kind of memory that the mappers map ("host", "cuda", "cuda_ipc"): a
+  // broker that lends another one is refused. Empty: any.
   std::string backend;
   // Puts something around each pool's mapper, in the order of `pools`, such as
   // a recorder of what is mapped. None: nothing.

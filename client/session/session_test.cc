@@ -57,7 +57,8 @@ class SessionTest : public ::testing::Test {
     Pool& pool(size_t i = 0) { return session->pool(i); }
   };
 
-  SessionTest() : backend_({.total = kCapacity}) {
+  SessionTest() : SessionTest(FakeBackendOptions{.total = kCapacity}) {}
+  explicit SessionTest(FakeBackendOptions device) : backend_(device) {
     CoreOptions options;
     options.backend = &backend_;
     options.clock = &clock_;
@@ -460,6 +461,76 @@ TEST_F(SessionTest, AProcessThatDiesHoldsNothing) {
   a.wire->Kill();
   Settle();
   EXPECT_EQ(backend_.live_handles(), 0);
+}
+
+// ---- one slab for all ----
+
+class SessionInSlabTest : public SessionTest {
+ protected:
+  SessionInSlabTest()
+      : SessionTest(
+            FakeBackendOptions{.total = kCapacity, .fixed_addresses = true}) {}
+};
+
+TEST_F(SessionInSlabTest, EnginesOfTwoPageSizesShareIt) {
+  Engine& a = Start(OnePool("a"));
+  SessionOptions other = OnePool("b");
+  other.pools[0].geometry.handle_bytes = kPage * 2;
+  Engine& b = Start(std::move(other));
+  EXPECT_TRUE(AskAndAlloc(a.pool(), 3 * kBlocksPerPage));
+  EXPECT_TRUE(AskAndAlloc(b.pool(), 2 * kBlocksPerPage));
+  EXPECT_EQ(a.mappers[0]->mapped(), 3u);
+  EXPECT_EQ(b.mappers[0]->mapped(), 1u);
+  for (const Mapped& mapped : b.wire->Said<Mapped>()) {
+    EXPECT_THAT(mapped.failed, IsEmpty());
+  }
+  a.session->Close();
+  a.wire = nullptr;
+  Settle();
+  EXPECT_TRUE(AskAndAlloc(b.pool(), 6 * kBlocksPerPage));
+}
+
+TEST_F(SessionInSlabTest, EndsWithItsBroker) {
+  Engine& a = Start(OnePool("a"));
+  bool reconnects = false;
+  a.session->ReconnectWith([&]() -> absl::StatusOr<Session::Connection> {
+    reconnects = true;
+    return absl::UnavailableError("nobody listens");
+  });
+  ASSERT_TRUE(AskAndAlloc(a.pool(), 2));
+  a.session->OnDisconnected(absl::UnavailableError("the socket closed"));
+  a.session->RunOnce();
+  for (const absl::Status& health : {a.session->health(), a.pool().health()}) {
+    EXPECT_EQ(health.code(), absl::StatusCode::kFailedPrecondition);
+    EXPECT_THAT(std::string(health.message()),
+                HasSubstr("restart this process"));
+    EXPECT_THAT(std::string(health.message()), HasSubstr("the socket closed"));
+  }
+  EXPECT_FALSE(Alloc(a.pool(), 1));
+  clock_.Advance(absl::Minutes(1));
+  a.session->RunOnce();
+  EXPECT_FALSE(reconnects) << "no broker can help";
+  a.session->Close();
+  a.wire = nullptr;
+}
+
+class PickyMapper : public NullMapper {
+ public:
+  absl::Status Begin(const Opened& opened) override {
+    return absl::InvalidArgumentError("not this: " + opened.backend);
+  }
+};
+
+TEST_F(SessionTest, AMapperMayRefuseWhatTheBrokerLends) {
+  auto session = *Session::Create(
+      OnePool("a"),
+      [](const PoolGeometry&) { return std::make_unique<PickyMapper>(); },
+      clock_);
+  LossyLink& wire = LossyLink::Join(*core_, Peer{"uid:0", 0, 1}, *session);
+  wire.Deliver();
+  session->RunOnce();  // gives up the link
+  EXPECT_EQ(session->health(), absl::InvalidArgumentError("not this: fake"));
+  EXPECT_EQ(session->WaitUntilOpen(), session->health());
 }
 
 }  // namespace

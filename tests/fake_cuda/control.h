@@ -6,6 +6,10 @@
 // handle, descriptor, import and mapping in any process is gone (fake_cuda.cc
 // says how that is known).
 //
+// Each of the variants is a library, with a state of its own: two of them in
+// one test are as two processes, on one machine where KVBROKER_FAKE_CUDA_DIR is
+// set.
+//
 //   FakeCuda fake = FakeCuda::Open();            // one state a process
 //   fake.Reset();                                // reads the environment anew
 //   fake.Fail("cuMemMap", 2, CUDA_ERROR_OUT_OF_MEMORY);
@@ -46,6 +50,8 @@ struct FakeCudaBooks {
   int64_t events;
   int64_t streams;
   int64_t host_allocations;
+  int64_t allocations;  // cuMemAlloc
+  int64_t opened;       // inter-process handles
 
   friend bool operator==(const FakeCudaBooks&, const FakeCudaBooks&) = default;
 };
@@ -53,8 +59,9 @@ struct FakeCudaBooks {
 class FakeCuda {
  public:
   // "libfake_cuda.so": CUDA 13. "libfake_cuda_11_4.so": the symbols that CUDA
-  // 11.4 and its NVML had, no VMM by default. "libfake_cuda_10_1.so": before
-  // virtual memory management was added.
+  // 11.4 and its NVML had, no VMM by default. "libfake_cuda_no_vmm.so": the
+  // same without the symbols of VMM. "libfake_cuda_10_1.so": before they were
+  // added.
   static FakeCuda Open(const std::string& variant = "libfake_cuda.so") {
     return FakeCuda("tests/fake_cuda/" + variant);
   }

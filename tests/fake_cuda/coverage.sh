@@ -15,12 +15,14 @@ flags=(
 tests=(
   broker/device/cuda/cuda_backend_test
   broker/device/cuda/cuda_conformance_test
+  broker/device/cuda/cuda_ipc_backend_test
   client/arena/cuda_mapper_test
+  client/arena/cuda_ipc_mapper_test
   client/arena/make_mapper_test
 )
 files=(
-  broker/device/cuda/{cuda_status,driver,nvml_device,probe,cuda_backend}.cc
-  client/arena/{cuda_mapper,cuda_driver}.cc
+  broker/device/cuda/{cuda_status,driver,nvml_device,probe,cuda_backend,cuda_ipc_backend}.cc
+  client/arena/{stream_fence,cuda_mapper,cuda_slab,cuda_ipc_mapper,gpu_mapper,cuda_driver}.cc
 )
 
 targets=()

@@ -5,7 +5,9 @@
 //   - a handle (made or imported) keeps one page of the file mapped,
 //   - a descriptor is an open of the file for reading, so that an importer
 //     cannot resize it; importing opens the file by its name again,
-//   - cuMemMap maps the file over a part of the reserved range.
+//   - cuMemMap maps the file over a part of the reserved range,
+//   - cuMemAlloc maps it, and so does who opens it by its inter-process handle,
+//     which is the file's name.
 // The kernel grants a write lease on a file exactly if nobody else has it open
 // or mapped. So whoever needs room or figures tries the lease on each file and
 // deletes those that nobody uses: memory of processes that were killed comes
@@ -35,6 +37,13 @@
 #include <vector>
 
 #include "broker/device/cuda/cuda_abi.h"
+
+// A driver may have been built without them.
+#if FAKE_CUDA_VERSION >= 10020 && !defined(FAKE_CUDA_NO_VMM)
+#define HAS_VMM 1
+#else
+#define HAS_VMM 0
+#endif
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
@@ -69,6 +78,12 @@ struct Allocation {
 struct Mapping {
   size_t size;
   bool access;
+};
+
+// Memory that is mapped where it was allocated, or opened.
+struct Plain {
+  std::string path;
+  size_t size;
 };
 
 struct Stream {
@@ -111,8 +126,8 @@ struct Fake {
   std::set<CUstream> created_streams;
   int host_allocations = 0;
   std::map<unsigned int, unsigned long long> processes;  // of every device
-  unsigned long long next_plain = 0;
-  std::map<unsigned long long, long long> plain;  // cuMemAlloc
+  std::map<unsigned long long, Plain> plain;             // cuMemAlloc
+  std::map<unsigned long long, Plain> opened;            // cuIpcOpenMemHandle
   std::map<Event*, Event> events;
   int waiting = 0;
   std::condition_variable work_ended, waiter_came;
@@ -361,7 +376,78 @@ int EnterCuda(const char* call, Needs needs = Needs::kInit) {
   return stream == nullptr || f.created_streams.contains(stream);
 }
 
-#if FAKE_CUDA_VERSION >= 10020
+void* Address(unsigned long long address) {
+  return reinterpret_cast<void*>(static_cast<uintptr_t>(address));
+}
+
+// Whether the range lies within what is mapped with access.
+bool IsAccessible(Fake& f, unsigned long long address, size_t size) {
+  for (const auto* plain : {&f.plain, &f.opened}) {
+    auto it = plain->upper_bound(address);
+    if (it == plain->begin()) continue;
+    --it;
+    if (address - it->first <= it->second.size &&
+        size <= it->second.size - (address - it->first)) {
+      return true;
+    }
+  }
+  while (size > 0) {
+    auto it = f.mappings.upper_bound(address);
+    if (it == f.mappings.begin()) return false;
+    --it;
+    const unsigned long long end = it->first + it->second.size;
+    if (!it->second.access || address >= end) return false;
+    const size_t step = size < end - address ? size : end - address;
+    address += step;
+    size -= step;
+  }
+  return true;
+}
+
+// Makes the file of an allocation and counts it: its path, or empty and the
+// result. REQUIRES: the machine's lock.
+std::string NewFile(Fake& f, int device, size_t size, int* result) {
+  auto fits = [&] {
+    return size <= f.total && f.machine->charged[device] +
+                                      f.machine->foreign[device] +
+                                      static_cast<long long>(size) <=
+                                  static_cast<long long>(f.total);
+  };
+  if (!fits()) Sweep(f);
+  *result = CUDA_ERROR_OUT_OF_MEMORY;
+  if (!fits()) return "";
+  *result = CUDA_ERROR_OPERATING_SYSTEM;
+  const std::string path = f.folder + "/memory" + std::to_string(device) + "-" +
+                           std::to_string(f.machine->next_file++);
+  int fd = open(path.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+  if (fd < 0) return "";
+  fchmod(fd, 0666);
+  const bool sized = ftruncate(fd, static_cast<off_t>(size)) == 0;
+  close(fd);
+  if (!sized) {
+    unlink(path.c_str());
+    return "";
+  }
+  f.machine->charged[device] += static_cast<long long>(size);
+  *result = CUDA_SUCCESS;
+  return path;
+}
+
+// Maps the file whole, to read and write. Null: cannot.
+void* MapFile(const std::string& path, size_t size) {
+  int fd = open(path.c_str(), O_RDWR | O_CLOEXEC);
+  if (fd < 0) return nullptr;
+  void* at = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  close(fd);
+  return at == MAP_FAILED ? nullptr : at;
+}
+
+// The machine's number of the device that the current context is of.
+int CurrentDevice(const Fake& f) {
+  return f.visible[static_cast<char*>(current.back()) - contexts];
+}
+
+#if HAS_VMM
 
 // A reference to the file, as a handle has it. Null: no more can be made.
 void* Refer(const char* path) {
@@ -385,25 +471,6 @@ std::vector<std::map<unsigned long long, Mapping>::iterator> Tiles(
   }
   if (at != address + size) tiles.clear();
   return tiles;
-}
-
-void* Address(unsigned long long address) {
-  return reinterpret_cast<void*>(static_cast<uintptr_t>(address));
-}
-
-// Whether the range lies within what is mapped with access.
-bool IsAccessible(Fake& f, unsigned long long address, size_t size) {
-  while (size > 0) {
-    auto it = f.mappings.upper_bound(address);
-    if (it == f.mappings.begin()) return false;
-    --it;
-    const unsigned long long end = it->first + it->second.size;
-    if (!it->second.access || address >= end) return false;
-    const size_t step = size < end - address ? size : end - address;
-    address += step;
-    size -= step;
-  }
-  return true;
 }
 
 #endif
@@ -483,7 +550,7 @@ EXPORTED CUresult cuDeviceGetAttribute(int* value, int attribute,
   }
 }
 
-#if FAKE_CUDA_VERSION >= 10020
+#if HAS_VMM
 
 EXPORTED CUresult cuMemGetAllocationGranularity(size_t* granularity,
                                                 const CUmemAllocationProp* prop,
@@ -510,28 +577,15 @@ EXPORTED CUresult cuMemCreate(CUmemGenericAllocationHandle* handle, size_t size,
   const int device = f.visible[prop->location.id];
 
   MachineLock machine(f.machine);
-  auto fits = [&] {
-    return size <= f.total && f.machine->charged[device] +
-                                      f.machine->foreign[device] +
-                                      static_cast<long long>(size) <=
-                                  static_cast<long long>(f.total);
-  };
-  if (!fits()) Sweep(f);
-  if (!fits()) return CUDA_ERROR_OUT_OF_MEMORY;
-  const std::string path = f.folder + "/memory" + std::to_string(device) + "-" +
-                           std::to_string(f.machine->next_file++);
-  int fd = open(path.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
-  if (fd < 0) return CUDA_ERROR_OPERATING_SYSTEM;
-  fchmod(fd, 0666);
-  void* reference = ftruncate(fd, static_cast<off_t>(size)) == 0
-                        ? mmap(nullptr, kPage, PROT_NONE, MAP_SHARED, fd, 0)
-                        : MAP_FAILED;
-  close(fd);
-  if (reference == MAP_FAILED) {
+  int result;
+  const std::string path = NewFile(f, device, size, &result);
+  if (path.empty()) return result;
+  void* reference = Refer(path.c_str());
+  if (reference == nullptr) {
     unlink(path.c_str());
+    f.machine->charged[device] -= static_cast<long long>(size);
     return CUDA_ERROR_OPERATING_SYSTEM;
   }
-  f.machine->charged[device] += static_cast<long long>(size);
   *handle = f.next_handle++;
   f.handles[*handle] = {path, device, size, reference, false};
   return CUDA_SUCCESS;
@@ -681,6 +735,8 @@ EXPORTED CUresult cuMemSetAccess(CUdeviceptr address, size_t size,
   return CUDA_SUCCESS;
 }
 
+#endif  // HAS_VMM
+
 EXPORTED CUresult cuMemcpyHtoD_v2(CUdeviceptr to, const void* from,
                                   size_t size) {
   ENTER(Needs::kContext);
@@ -714,8 +770,6 @@ EXPORTED CUresult cuMemcpyDtoHAsync_v2(void* to, CUdeviceptr from, size_t size,
   memcpy(to, Address(from), size);
   return CUDA_SUCCESS;
 }
-
-#endif  // FAKE_CUDA_VERSION >= 10020
 
 EXPORTED CUresult cuStreamCreate(CUstream* stream, unsigned int flags) {
   ENTER(Needs::kContext);
@@ -753,18 +807,20 @@ EXPORTED CUresult cuLaunchHostFunc(CUstream stream, CUhostFn function,
   return CUDA_SUCCESS;
 }
 
-// Memory of the process itself: figures only, which others see as foreign.
 EXPORTED CUresult cuMemAlloc_v2(CUdeviceptr* address, size_t size) {
   ENTER(Needs::kContext);
+  if (size == 0) return CUDA_ERROR_INVALID_VALUE;
   MachineLock machine(f.machine);
-  const long long bytes = static_cast<long long>(size);
-  if (f.machine->charged[0] + f.machine->foreign[0] + bytes >
-      static_cast<long long>(f.total)) {
-    return CUDA_ERROR_OUT_OF_MEMORY;
+  int result;
+  const std::string path = NewFile(f, CurrentDevice(f), size, &result);
+  if (path.empty()) return result;
+  void* at = MapFile(path, size);
+  if (at == nullptr) {
+    unlink(path.c_str());
+    return CUDA_ERROR_OPERATING_SYSTEM;
   }
-  f.machine->foreign[0] += bytes;
-  f.plain[++f.next_plain] = bytes;
-  *address = f.next_plain;
+  *address = reinterpret_cast<uintptr_t>(at);
+  f.plain[*address] = {path, size};
   return CUDA_SUCCESS;
 }
 
@@ -772,11 +828,91 @@ EXPORTED CUresult cuMemFree_v2(CUdeviceptr address) {
   ENTER(Needs::kContext);
   auto it = f.plain.find(address);
   if (it == f.plain.end()) return CUDA_ERROR_INVALID_VALUE;
-  MachineLock machine(f.machine);
-  f.machine->foreign[0] -= it->second;
+  munmap(Address(address), it->second.size);
   f.plain.erase(it);
   return CUDA_SUCCESS;
 }
+
+EXPORTED CUresult cuMemsetD8Async(CUdeviceptr to, unsigned char value,
+                                  size_t count, CUstream stream) {
+  ENTER(Needs::kContext);
+  if (!IsStream(f, stream)) return CUDA_ERROR_INVALID_HANDLE;
+  if (!IsAccessible(f, to, count)) return CUDA_ERROR_INVALID_VALUE;
+  // To zero, the file gives its memory back instead.
+  if (value != 0 || madvise(Address(to), count, MADV_REMOVE) != 0) {
+    memset(Address(to), value, count);
+  }
+  return CUDA_SUCCESS;
+}
+
+#if FAKE_CUDA_VERSION >= 11000
+
+namespace {
+
+struct IpcHandle {
+  char magic[8];
+  unsigned long long size;
+  char name[48];  // of the file
+};
+static_assert(sizeof(IpcHandle) == sizeof(CUipcMemHandle));
+constexpr char kIpcMagic[8] = {'f', 'a', 'k', 'e', 'i', 'p', 'c', '1'};
+
+}  // namespace
+
+EXPORTED CUresult cuIpcGetMemHandle(CUipcMemHandle* handle,
+                                    CUdeviceptr address) {
+  ENTER(Needs::kContext);
+  auto it = f.plain.find(address);
+  if (it == f.plain.end()) return CUDA_ERROR_INVALID_VALUE;
+  IpcHandle made = {};
+  memcpy(made.magic, kIpcMagic, sizeof(made.magic));
+  made.size = it->second.size;
+  snprintf(made.name, sizeof(made.name), "%s",
+           it->second.path.c_str() + f.folder.size() + 1);
+  memcpy(handle, &made, sizeof(made));
+  return CUDA_SUCCESS;
+}
+
+EXPORTED CUresult cuIpcOpenMemHandle_v2(CUdeviceptr* address,
+                                        CUipcMemHandle handle,
+                                        unsigned int flags) {
+  ENTER(Needs::kContext);
+  IpcHandle wanted;
+  memcpy(&wanted, &handle, sizeof(wanted));
+  int device = 0;
+  if (flags != kIpcLazyPeerAccess ||
+      memcmp(wanted.magic, kIpcMagic, sizeof(wanted.magic)) != 0 ||
+      wanted.name[sizeof(wanted.name) - 1] != 0 ||
+      strchr(wanted.name, '/') != nullptr ||
+      sscanf(wanted.name, "memory%d-", &device) != 1) {
+    return CUDA_ERROR_INVALID_VALUE;
+  }
+  if (device != CurrentDevice(f)) return CUDA_ERROR_INVALID_DEVICE;
+  const std::string path = f.folder + "/" + wanted.name;
+  // Not in the process that allocated it, and once in any other.
+  for (const auto& [at, plain] : f.plain) {
+    if (plain.path == path) return CUDA_ERROR_INVALID_CONTEXT;
+  }
+  for (const auto& [at, plain] : f.opened) {
+    if (plain.path == path) return CUDA_ERROR_ALREADY_MAPPED;
+  }
+  void* at = MapFile(path, wanted.size);
+  if (at == nullptr) return CUDA_ERROR_INVALID_HANDLE;  // it is gone
+  *address = reinterpret_cast<uintptr_t>(at);
+  f.opened[*address] = {path, wanted.size};
+  return CUDA_SUCCESS;
+}
+
+EXPORTED CUresult cuIpcCloseMemHandle(CUdeviceptr address) {
+  ENTER(Needs::kContext);
+  auto it = f.opened.find(address);
+  if (it == f.opened.end()) return CUDA_ERROR_INVALID_VALUE;
+  munmap(Address(address), it->second.size);
+  f.opened.erase(it);
+  return CUDA_SUCCESS;
+}
+
+#endif  // FAKE_CUDA_VERSION >= 11000
 
 EXPORTED CUresult cuMemHostAlloc(void** memory, size_t size,
                                  unsigned int flags) {
@@ -997,7 +1133,12 @@ EXPORTED void fakeCudaReset() {
   f.created_streams.clear();
   f.host_allocations = 0;
   f.processes.clear();
-  f.plain.clear();
+  for (auto* plain : {&f.plain, &f.opened}) {
+    for (auto& [address, memory] : *plain) {
+      munmap(Address(address), memory.size);
+    }
+    plain->clear();
+  }
   f.failures.clear();
   f.latencies.clear();
   f.calls.clear();
@@ -1087,7 +1228,9 @@ EXPORTED void fakeCudaBooks(int64_t* books) {
                              static_cast<int64_t>(current.size()),
                              static_cast<int64_t>(f.events.size()),
                              static_cast<int64_t>(f.created_streams.size()),
-                             f.host_allocations};
+                             f.host_allocations,
+                             static_cast<int64_t>(f.plain.size()),
+                             static_cast<int64_t>(f.opened.size())};
   memcpy(books, figures, sizeof(figures));
 }
 

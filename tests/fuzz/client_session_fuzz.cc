@@ -236,7 +236,9 @@ class Program {
   }
   Opened AnyOpened() {
     Opened opened;
-    opened.feature_bits = input_.Below(4) == 0 ? 0 : kFeatureResume;
+    const uint64_t features = input_.Below(4);
+    opened.feature_bits = features == 0 ? 0 : kFeatureResume;
+    if (features == 1) opened.slab = "slab";
     opened.incarnation = input_.Number();
     opened.session = SessionId(1 + input_.Number());
     opened.min = AnyBytes();

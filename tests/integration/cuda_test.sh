@@ -91,7 +91,7 @@ grep -q "there is no GPU, or CUDA_VISIBLE_DEVICES hides it" "$WORK/stderr" ||
   fail "unclear: $(cat "$WORK/stderr")"
 # And whose pages do not fit the GPU's granularity.
 exits 1 "$REPLAY" --name small --address "$ADDRESS" --scale 512 --window 1
-grep -q "multiple of the GPU's granularity, 2097152 bytes" "$WORK/stderr" ||
+grep -q "multiple of the device's granularity, 2097152 bytes" "$WORK/stderr" ||
   fail "unclear: $(cat "$WORK/stderr")"
 
 # The GPU has everything back once the stock is gone: of no allocation (a file)

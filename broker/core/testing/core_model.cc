@@ -16,7 +16,7 @@ constexpr absl::Duration kTick = absl::Milliseconds(100);
 
 // Who may be started: three page sizes, two tenants, one with two handles to a
 // page and one with two pools. Engines of one name and tenant join.
-const FakeEngine& EngineOf(uint32_t which) {
+const FakeEngine& EngineWithHandles(uint32_t which) {
   static const auto& engines = *new std::array<FakeEngine, 7>{{
       {.name = "a", .tenant = "t", .handle = KiB(128), .max_pages = 24},
       {.name = "b", .tenant = "t", .handle = KiB(144), .max_pages = 24},
@@ -33,6 +33,23 @@ const FakeEngine& EngineOf(uint32_t which) {
        .max_pages = 24,
        .pools = 2},
       {.name = "a", .tenant = "u", .handle = KiB(144), .max_pages = 24},
+  }};
+  return engines[which % engines.size()];
+}
+
+// The same for a slab: page sizes that are no multiples of each other, and one
+// pool whose addresses end before the slab does.
+const FakeEngine& EngineInSlab(uint32_t which) {
+  static const auto& engines = *new std::array<FakeEngine, 5>{{
+      {.name = "a", .tenant = "t", .handle = KiB(128), .max_pages = 24},
+      {.name = "b", .tenant = "t", .handle = KiB(192), .max_pages = 24},
+      {.name = "c", .tenant = "t", .handle = KiB(112), .max_pages = 7},
+      {.name = "d",
+       .tenant = "t",
+       .handle = KiB(320),
+       .max_pages = 24,
+       .pools = 2},
+      {.name = "a", .tenant = "t", .handle = KiB(192), .max_pages = 24},
   }};
   return engines[which % engines.size()];
 }
@@ -84,24 +101,33 @@ std::vector<double> SplitOf(const std::vector<InstanceStatus>& instances,
 
 }  // namespace
 
-CoreModel::CoreModel(Bulk bulk)
-    : world_({.capacity = kCapacity,
+CoreModel::CoreModel(Variant variant)
+    : variant_(variant),
+      world_({.capacity = kCapacity,
               // No room for anything that is not on the books.
               .device = kCapacity,
               // Others may use it, too.
-              .headroom = Bytes(0),
+              .headroom = variant.memory == Variant::Memory::kSlab
+                              ? std::nullopt
+                              : std::optional<Bytes>(0),
               .max_stock = Bytes(kCapacity.count() / 4),
               .descriptor_window = 16,
-              .bulk_by_hand = bulk == Bulk::kOnExecutor,
-              .inline_handles = 2}) {}
+              .bulk_by_hand = variant.bulk == Variant::Bulk::kOnExecutor,
+              .inline_handles = 2,
+              .fixed_addresses = variant.memory == Variant::Memory::kSlab}) {}
+
+const FakeEngine& CoreModel::EngineOf(uint32_t which) const {
+  return variant_.memory == Variant::Memory::kSlab ? EngineInSlab(which)
+                                                   : EngineWithHandles(which);
+}
 
 void CoreModel::Complain(std::string what) {
   if (status_.ok()) status_ = absl::InternalError(std::move(what));
 }
 
 absl::Status CoreModel::Run(const std::vector<Instruction>& program,
-                            Statistics* statistics, Bulk bulk) {
-  CoreModel model(bulk);
+                            Statistics* statistics, Variant variant) {
+  CoreModel model(variant);
   for (size_t i = 0; i < program.size(); ++i) {
     model.Do(program[i]);
     absl::Status status = model.status_.ok() ? model.Check() : model.status_;
@@ -119,6 +145,8 @@ absl::Status CoreModel::Run(const std::vector<Instruction>& program,
     statistics->refusals += is("refuse ");
     statistics->orders += is("reclaim ");
     statistics->preempts += line.find("tier=preempt") != std::string::npos;
+    statistics->no_place +=
+        is("refuse ") && line.find("pieces too small") != std::string::npos;
   }
   return absl::OkStatus();
 }
@@ -153,7 +181,7 @@ void CoreModel::Ask(FakeClient& client, const Instruction& instruction) {
   constexpr int kDeadlines[] = {50, 500, 4000, 20000};
   acquire.deadline = absl::Milliseconds(kDeadlines[c % 4]);
   acquire.credit = c / 4 % 8 == 1;
-  if (c / 32 % 6 == 1) {
+  if (c / 32 % 6 == 1 && variant_.memory == Variant::Memory::kHandles) {
     acquire.want = std::min<PageCount>(acquire.want, 3);
     acquire.at_least = std::min(acquire.at_least, acquire.want);
     for (int i = 0; i < acquire.want; ++i) {
@@ -220,6 +248,7 @@ void CoreModel::Do(const Instruction& instruction) {
       return;
     }
     case Op::kForeign:
+      if (variant_.memory == Variant::Memory::kSlab) return;
       // No more than there is beside what is lent already.
       world_.device().SetForeignBytes(std::min(
           Bytes(kCapacity.count() / 10 * (a % 8)),
@@ -334,6 +363,7 @@ std::vector<std::pair<const FakeClient*, Sequence>> CoreModel::MustBeServed() {
   const Bytes lendable = kCapacity - snapshot.broker.others;
   // What comes back now is for others.
   if (snapshot.broker.held > lendable) return {};
+  if (variant_.memory == Variant::Memory::kSlab) return {};
   const std::vector<double> shares = SplitOf(instances, lendable);
   auto clients_of = [&](const InstanceStatus& instance) {
     std::vector<const FakeClient*> clients;
@@ -541,9 +571,9 @@ std::vector<Instruction> RandomProgram(std::mt19937_64& random, int length) {
 }
 
 std::vector<Instruction> Shrink(std::vector<Instruction> program,
-                                CoreModel::Bulk bulk) {
+                                CoreModel::Variant variant) {
   auto fails = [&](const std::vector<Instruction>& candidate) {
-    return !CoreModel::Run(candidate, nullptr, bulk).ok();
+    return !CoreModel::Run(candidate, nullptr, variant).ok();
   };
   for (size_t chunk = std::max<size_t>(program.size() / 2, 1);;) {
     bool removed = false;

@@ -72,6 +72,17 @@ struct Instruction {
   uint32_t c = 0;
 };
 
+struct CoreModelVariant {
+  // Where the core does its work on handles.
+  enum class Bulk { kInline, kOnExecutor };
+  // What the device is: with kSlab the broker chooses where pages lie, all
+  // engines are of one tenant, and who is below its share may find no place.
+  enum class Memory { kHandles, kSlab };
+
+  Bulk bulk = Bulk::kInline;
+  Memory memory = Memory::kHandles;
+};
+
 class CoreModel {
  public:
   // How often something happened, so that a test can tell that it does.
@@ -82,20 +93,20 @@ class CoreModel {
     int64_t orders = 0;
     int64_t preempts = 0;
     int64_t below_share = 0;  // claims that had to be served, and were
+    int64_t no_place = 0;     // refused beside free memory in small pieces
   };
 
-  // Where the core does its work on handles.
-  enum class Bulk { kInline, kOnExecutor };
+  using Variant = CoreModelVariant;
 
   // OK, or which instruction broke what.
   static absl::Status Run(const std::vector<Instruction>& program,
                           Statistics* statistics = nullptr,
-                          Bulk bulk = Bulk::kInline);
+                          Variant variant = {});
 
  private:
   using Key = std::pair<std::string, std::string>;  // tenant, name
 
-  explicit CoreModel(Bulk bulk);
+  explicit CoreModel(Variant variant);
 
   void Do(const Instruction& instruction);
   void Start(const Instruction& instruction);
@@ -109,6 +120,10 @@ class CoreModel {
   // Claims that have to be served now, if all cooperate.
   std::vector<std::pair<const FakeClient*, Sequence>> MustBeServed();
 
+  // One of those that may be started.
+  const FakeEngine& EngineOf(uint32_t which) const;
+
+  const Variant variant_;
   FakeWorld world_;
   std::array<FakeClient*, 6> processes_{};
   std::map<Key, Bytes> held_;  // after the last instruction
@@ -120,9 +135,8 @@ class CoreModel {
 std::vector<Instruction> RandomProgram(std::mt19937_64& random, int length);
 
 // A program that fails as `program` does, without most of what does not matter.
-std::vector<Instruction> Shrink(
-    std::vector<Instruction> program,
-    CoreModel::Bulk bulk = CoreModel::Bulk::kInline);
+std::vector<Instruction> Shrink(std::vector<Instruction> program,
+                                CoreModel::Variant variant = {});
 
 // As a C++ initializer list.
 std::string ToCpp(const std::vector<Instruction>& program);

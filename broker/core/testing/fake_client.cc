@@ -416,6 +416,12 @@ void FakeClient::MapWhatIsComplete(GrantId id) {
       if (device_.SizeOf(token) != pool.geometry.handle_bytes) {
         Complain(absl::StrCat("a handle of another size: ", token));
       }
+      if (!opened_.slab.empty() &&
+          device_.OffsetOf(token) !=
+              pool.geometry.page_bytes() * page.name.index.value()) {
+        Complain(absl::StrCat("a page that does not lie at its index: ",
+                              page.name.index.value()));
+      }
     }
     const PageIndex index = page.name.index;
     if (!pool.pages.try_emplace(index, std::move(page)).second) {

@@ -19,7 +19,9 @@ constexpr int kTooManyRounds = 10'000;
 
 FakeWorld::FakeWorld(Options options)
     : charge_(options.charge),
-      device_({.total = options.device}),
+      device_(
+          {.total = options.fixed_addresses ? options.capacity : options.device,
+           .fixed_addresses = options.fixed_addresses}),
       faults_(device_, options.seed) {
   CoreOptions core;
   core.backend = &faults_;

@@ -72,6 +72,8 @@ class FakeWorld {
     bool bulk_by_hand = false;
     size_t inline_handles = 64;
     uint64_t seed = 1;
+    // The device is one slab, as large as the capacity.
+    bool fixed_addresses = false;
   };
 
   FakeWorld() : FakeWorld(Options()) {}

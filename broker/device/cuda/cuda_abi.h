@@ -41,6 +41,7 @@ inline constexpr CUresult CUDA_ERROR_DEVICE_UNAVAILABLE = 46;
 inline constexpr CUresult CUDA_ERROR_NO_DEVICE = 100;
 inline constexpr CUresult CUDA_ERROR_INVALID_DEVICE = 101;
 inline constexpr CUresult CUDA_ERROR_INVALID_CONTEXT = 201;
+inline constexpr CUresult CUDA_ERROR_ALREADY_MAPPED = 208;
 inline constexpr CUresult CUDA_ERROR_ECC_UNCORRECTABLE = 214;
 inline constexpr CUresult CUDA_ERROR_NVLINK_UNCORRECTABLE = 220;
 inline constexpr CUresult CUDA_ERROR_OPERATING_SYSTEM = 304;
@@ -78,6 +79,7 @@ inline constexpr int kHandlePosixDescriptor = 1;  // CUmemAllocationHandleType
 inline constexpr int kLocationDevice = 1;         // CUmemLocationType
 inline constexpr int kAccessReadWrite = 3;        // CUmemAccess_flags
 inline constexpr int kGranularityMinimum = 0;
+inline constexpr unsigned int kIpcLazyPeerAccess = 1;  // CUipcMem_flags
 inline constexpr unsigned int kStreamNonBlocking = 1;
 inline constexpr unsigned int kEventBlockingSync = 1;
 inline constexpr unsigned int kEventDisableTiming = 2;
@@ -107,6 +109,13 @@ struct CUmemAccessDesc {
   int flags;
 };
 static_assert(sizeof(CUmemAccessDesc) == 12);
+
+// What one process tells another of an allocation; only the driver looks into
+// it.
+struct CUipcMemHandle {
+  unsigned char reserved[64];
+};
+static_assert(sizeof(CUipcMemHandle) == 64);
 
 // X(group, name, symbol, arguments...): what each group is for says driver.h.
 #define KVBROKER_CUDA_FUNCTIONS(X)                                             \
@@ -170,7 +179,14 @@ static_assert(sizeof(CUmemAccessDesc) == 12);
   X(kContext, cuMemcpyHtoDAsync, "cuMemcpyHtoDAsync_v2", CUdeviceptr to,       \
     const void* from, size_t size, CUstream stream)                            \
   X(kContext, cuMemcpyDtoHAsync, "cuMemcpyDtoHAsync_v2", void* to,             \
-    CUdeviceptr from, size_t size, CUstream stream)
+    CUdeviceptr from, size_t size, CUstream stream)                            \
+  X(kContext, cuMemsetD8Async, "cuMemsetD8Async", CUdeviceptr to,              \
+    unsigned char value, size_t count, CUstream stream)                        \
+  X(kIpc, cuIpcGetMemHandle, "cuIpcGetMemHandle", CUipcMemHandle* handle,      \
+    CUdeviceptr address)                                                       \
+  X(kIpc, cuIpcOpenMemHandle, "cuIpcOpenMemHandle_v2", CUdeviceptr* address,   \
+    CUipcMemHandle handle, unsigned int flags)                                 \
+  X(kIpc, cuIpcCloseMemHandle, "cuIpcCloseMemHandle", CUdeviceptr address)
 
 // --- NVML --------------------------------------------------------------------
 

@@ -53,6 +53,8 @@ constexpr Meaning kCudaErrors[] = {
      "", Loss::kLost},
     {cuda::CUDA_ERROR_INVALID_CONTEXT, StatusCode::kInternal,
      "INVALID_CONTEXT"},
+    {cuda::CUDA_ERROR_ALREADY_MAPPED, StatusCode::kAlreadyExists,
+     "ALREADY_MAPPED"},
     {cuda::CUDA_ERROR_ECC_UNCORRECTABLE, StatusCode::kInternal,
      "ECC_UNCORRECTABLE", kPoisoned, Loss::kSticky},
     {cuda::CUDA_ERROR_NVLINK_UNCORRECTABLE, StatusCode::kInternal,

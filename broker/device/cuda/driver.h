@@ -30,6 +30,7 @@ enum class CudaFunctionGroup {
   kBase,     // initialisation and what a device is
   kVmm,      // virtual memory management: CUDA 10.2 and later
   kContext,  // contexts, events and copies: what an engine's process has
+  kIpc,      // memory of one process in another, without VMM: CUDA 11.0
 };
 
 struct CudaFunctions {
@@ -46,6 +47,7 @@ struct CudaFunctions {
   using CUuuid = cuda::CUuuid;
   using CUmemAllocationProp = cuda::CUmemAllocationProp;
   using CUmemAccessDesc = cuda::CUmemAccessDesc;
+  using CUipcMemHandle = cuda::CUipcMemHandle;
   KVBROKER_CUDA_FUNCTIONS(KVBROKER_DECLARE)
 #undef KVBROKER_DECLARE
 };

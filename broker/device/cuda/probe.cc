@@ -21,14 +21,8 @@ absl::StatusOr<bool> Attribute(const CudaDriver& driver, int attribute,
   return value != 0;
 }
 
-absl::Status Usable(const CudaDriver& driver, const CudaDevice& device) {
-  if (!device.vmm || !device.posix_descriptors) {
-    return absl::UnimplementedError(absl::StrCat(
-        device.name, " (", device.uuid, ") has no ",
-        device.vmm ? "memory that can be exported as POSIX descriptors"
-                   : "virtual memory management"));
-  }
-  RETURN_IF_ERROR(driver.Require(CudaFunctionGroup::kVmm));
+// What every backend needs.
+absl::Status Served(const CudaDriver& driver, const CudaDevice& device) {
   ASSIGN_OR_RETURN(NvmlDevice nvml, NvmlDevice::Find(driver, device.uuid));
   ASSIGN_OR_RETURN(bool mig, nvml.MigEnabled());
   if (mig) {
@@ -38,6 +32,23 @@ absl::Status Usable(const CudaDriver& driver, const CudaDevice& device) {
         device.uuid, " -mig 0) or use the backend host"));
   }
   return absl::OkStatus();
+}
+
+absl::Status Usable(const CudaDriver& driver, const CudaDevice& device) {
+  if (!device.vmm || !device.posix_descriptors) {
+    return absl::UnimplementedError(absl::StrCat(
+        device.name, " (", device.uuid, ") has no ",
+        device.vmm ? "memory that can be exported as POSIX descriptors"
+                   : "virtual memory management"));
+  }
+  RETURN_IF_ERROR(driver.Require(CudaFunctionGroup::kVmm));
+  return Served(driver, device);
+}
+
+absl::Status UsableByIpc(const CudaDriver& driver, const CudaDevice& device) {
+  RETURN_IF_ERROR(driver.Require(CudaFunctionGroup::kContext));
+  RETURN_IF_ERROR(driver.Require(CudaFunctionGroup::kIpc));
+  return Served(driver, device);
 }
 
 absl::StatusOr<CudaDevice> ProbeDevice(const CudaDriver& driver, int index) {
@@ -67,6 +78,7 @@ absl::StatusOr<CudaDevice> ProbeDevice(const CudaDriver& driver, int index) {
       device.rdma_with_vmm,
       Attribute(driver, cuda::kAttributeRdmaWithVmm, device.device));
   device.usable = Usable(driver, device);
+  device.usable_by_ipc = UsableByIpc(driver, device);
   if (device.usable.ok()) {
     const cuda::CUmemAllocationProp prop = AllocationProp(device);
     size_t granularity = 0;

@@ -23,8 +23,9 @@ struct CudaDevice {
   bool posix_descriptors = false;  // allocations can be exported as such
   bool rdma_with_vmm = false;
   Bytes granularity;  // of allocations; zero without VMM
-  // Why `cuda` cannot serve it, or OK.
+  // Why `cuda` cannot serve it, or OK; the same for `cuda_ipc`.
   absl::Status usable;
+  absl::Status usable_by_ipc;
 };
 
 // NOT_FOUND: no GPU at all.

@@ -431,6 +431,9 @@ class TimedMapper : public Mapper {
   TimedMapper(std::unique_ptr<Mapper> mapper, MapperTimes& times)
       : mapper_(std::move(mapper)), times_(times) {}
 
+  absl::Status Begin(const Opened& opened) override {
+    return mapper_->Begin(opened);
+  }
   absl::Status Map(PageIndex page, std::vector<UniqueFd> fds) override {
     const double start = Now();
     absl::Status mapped = mapper_->Map(page, std::move(fds));
