@@ -73,6 +73,8 @@ namespace {
 
 constexpr int kBlocksPerPage = 64;
 constexpr int kBatches = 20;
+// Between two takes, microseconds; bench_gpu.py's _SETTLE_SECONDS.
+constexpr double kSettle = 6000;
 // Who gets nothing for so long has found a fault, not a figure.
 constexpr absl::Duration kPatience = absl::Seconds(20);
 constexpr Bytes kAddresses = GiB(128);
@@ -163,7 +165,8 @@ std::unique_ptr<CudaBackend> OpenGpu() {
   return *std::move(backend);
 }
 
-// A GPU with a context that is current, as in a process that computes.
+// A GPU with a context that is current, as in a process that computes, and with a
+// descriptor beside those that are measured, as in a broker.
 class Driver {
  public:
   Driver()
@@ -171,6 +174,7 @@ class Driver {
         cuda_(gpu_->driver().cuda()),
         prop_(AllocationProp(gpu_->device())),
         access_({.location = prop_.location, .flags = cuda::kAccessReadWrite}) {
+    gpu_->SetInUse(true);
     Call("cuDevicePrimaryCtxRetain",
          cuda_.cuDevicePrimaryCtxRetain(&context_, gpu_->device().device));
     Call("cuCtxPushCurrent", cuda_.cuCtxPushCurrent(context_));
@@ -287,22 +291,28 @@ int Floor(int rounds) {
       const auto made = driver.Create(bytes);
       const auto before = driver.Pass(made);
       driver.Map(theirs, bytes, before);
-      const double taking = Now();
-      driver.Unmap(theirs, bytes);
-      driver.Release(before);
-      const auto after = driver.Pass(made);
-      driver.Map(ours, bytes, after);
-      samples.Add("take", Now() - taking);
+      auto after = before;
+      for (const bool hot : {true, false}) {
+        // As between two of ours: caches and clocks are cold then.
+        if (!hot) SleepUntil(Now() + kSettle);
+        const double taking = Now();
+        driver.Unmap(hot ? theirs : ours, bytes);
+        driver.Release(after);
+        after = driver.Pass(made);
+        driver.Map(hot ? ours : theirs, bytes, after);
+        samples.Add(hot ? "take_hot" : "take", Now() - taking);
+      }
       // And one that is of no use to the other: made anew.
+      SleepUntil(Now() + kSettle);
       const double remaking = Now();
-      driver.Unmap(ours, bytes);
+      driver.Unmap(theirs, bytes);
       driver.Release(after);
       driver.Release(made);
       const auto again = driver.Create(bytes);
       const auto passed = driver.Pass(again);
-      driver.Map(theirs, bytes, passed);
+      driver.Map(ours, bytes, passed);
       samples.Add("take_made_anew", Now() - remaking);
-      driver.Unmap(theirs, bytes);
+      driver.Unmap(ours, bytes);
       driver.Release(passed);
       driver.Release(again);
       driver.Free(ours, bytes);

@@ -226,6 +226,8 @@ def driver_calls(bench: Bench) -> Figures:
     }
     for name, times in floor["calls_128MiB"].items():
         figures[f"call_{name}_us"] = times["p50"]
+    for name, times in floor["calls_without_another_descriptor"].items():
+        figures[f"call_alone_{name}_us"] = times["p50"]
     return figures
 
 
@@ -262,7 +264,7 @@ def ramps(bench: Bench) -> Figures:
     """To 8 GiB in 64 steps."""
     pages = _RAMP_PAGES if bench.fake is None else 8
     room = capacity(2 * pages)
-    mapped, cold, page, claim, ahead = [], [], [], [], []
+    mapped, cold, one_by_one, page, claim, ahead = [], [], [], [], [], []
     rounds = bench.rounds(5)
     with Broker(bench, room) as broker:
         engine = broker.engine()
@@ -275,7 +277,7 @@ def ramps(bench: Bench) -> Figures:
         for _ in range(rounds):
             time.sleep(_STOCK_DECAY_SECONDS)
             grown = engine.ask(f"grow {pages}")
-            cold += grown["all"]
+            one_by_one += grown["all"]
             page += grown["page"]
             engine.ask("free")
         for _ in range(rounds):
@@ -285,6 +287,9 @@ def ramps(bench: Bench) -> Figures:
     for _ in range(rounds):
         with Broker(bench, room) as broker:
             engine = broker.engine(ahead=1)
+            cold += engine.ask(f"grow {pages}")["all"]
+        with Broker(bench, room) as broker:
+            engine = broker.engine(ahead=1)
             engine.ask("grow 1")  # calls for its reserve
             time.sleep(0.2)
             ahead += engine.ask(f"grow {pages}")["all"]
@@ -292,6 +297,7 @@ def ramps(bench: Bench) -> Figures:
         "ours_ramp_mapped_us": p50(mapped),
         "ours_ramp_ahead_us": p50(ahead),
         "ours_ramp_cold_us": p50(cold),
+        "ours_ramp_one_by_one_us": p50(one_by_one),
         "ours_ramp_claim_us": p50(claim),
         "ours_grow_us": p50(page),
         "ours_grow_p99_us": p99(page),
@@ -582,6 +588,8 @@ ROWS: list[Row] = [
      *_MS, "<= 4"),
     ("the same, cold", "floor_ramp_cold_us", "kvcached_contiguous_ramp_us",
      "ours_ramp_cold_us", *_MS, "<= 5.5"),
+    ("the same, nothing mapped ahead", "floor_ramp_cold_us", "", "ours_ramp_one_by_one_us",
+     *_MS, ""),
     ("8 GiB by one claim, cold", "floor_ramp_cold_us", "", "ours_ramp_claim_us", *_MS, ""),
     ("grow by a page of 128 MiB", "floor_contiguous_grow_us", "kvcached_contiguous_grow_us",
      "ours_grow_us", *_US, ""),

@@ -113,7 +113,8 @@ class Samples {
   std::map<std::string, std::vector<double>> samples_;
 };
 
-// A GPU, a context that is current, and the driver's own calls.
+// A GPU, a context that is current, and the driver's own calls. As in a broker,
+// there is a descriptor beside those that are measured.
 class Gpu {
  public:
   explicit Gpu(const std::string& gpu) {
@@ -122,6 +123,7 @@ class Gpu {
     auto backend = CudaBackend::Create(*std::move(driver), {.gpu = gpu});
     Must(backend.status());
     backend_ = *std::move(backend);
+    backend_->SetInUse(true);
     Must(CudaStatus(cuda().cuDevicePrimaryCtxRetain(&context_, device().device),
                     "cuDevicePrimaryCtxRetain"));
     Must(CudaStatus(cuda().cuCtxPushCurrent(context_), "cuCtxPushCurrent"));
@@ -185,6 +187,9 @@ class Pages {
                             cuda::kHandlePosixDescriptor),
                         "cuMemImportFromShareableHandle");
     });
+    Close(i);
+  }
+  void Close(int i) {
     Do("close", [&] {
       pages_[i].fd.Reset();
       return absl::OkStatus();
@@ -211,6 +216,9 @@ class Pages {
     Do("release_import", [&] {
       return CudaStatus(cuda_.cuMemRelease(pages_[i].imported), "cuMemRelease");
     });
+    ReleaseMade(i);
+  }
+  void ReleaseMade(int i) {
     Do("release_last", [&] {
       return CudaStatus(cuda_.cuMemRelease(pages_[i].made), "cuMemRelease");
     });
@@ -247,6 +255,23 @@ std::string Calls(Gpu& gpu, Bytes size, int calls) {
     pages.Unmap(0);
     pages.Release(0);
   }
+  return samples.Json();
+}
+
+// What exporting and closing cost a process that has no descriptor beside.
+std::string FirstAndLast(Gpu& gpu, Bytes size, int calls) {
+  Samples samples;
+  gpu.backend().SetInUse(false);
+  {
+    Pages pages(gpu, static_cast<size_t>(size.count()), 1, &samples);
+    for (int i = 0; i < calls; ++i) {
+      pages.Create(0);
+      pages.Export(0);
+      pages.Close(0);
+      pages.ReleaseMade(0);
+    }
+  }
+  gpu.backend().SetInUse(true);
   return samples.Json();
 }
 
@@ -405,6 +430,7 @@ int Main(const Options& options) {
   Calls(gpu, MiB(2), 5);
   const std::string small = Calls(gpu, MiB(2), options.calls);
   const std::string large = Calls(gpu, MiB(128), options.calls);
+  const std::string alone = FirstAndLast(gpu, MiB(128), 20);
   Samples ramp;
   Ramp(gpu, GiB(options.gib), ramp);
   const CudaBackend::Counts before = gpu.backend().counts();
@@ -428,6 +454,7 @@ int Main(const Options& options) {
       "{\"gpu\": \"%s\", \"uuid\": \"%s\", \"driver\": \"%s\", \"cuda\": "
       "\"%s\", \"unit\": \"us\",\n"
       " \"calls_2MiB\": %s,\n \"calls_128MiB\": %s,\n"
+      " \"calls_without_another_descriptor\": %s,\n"
       " \"ramp\": {\"gib\": %d, \"steps\": %d, \"figures\": %s},\n"
       " \"together\": {\"processes\": %d, \"gib_each\": %d, \"figures\": %s},\n"
       " \"ours\": %s,\n \"nvml\": %s,\n"
@@ -437,7 +464,7 @@ int Main(const Options& options) {
       gpu.device().name.c_str(), gpu.device().uuid.c_str(),
       gpu.backend().driver().nvidia_version().c_str(),
       CudaVersionText(gpu.backend().driver().cuda_version()).c_str(),
-      small.c_str(), large.c_str(), options.gib, kSteps, ramp.Json().c_str(),
+      small.c_str(), large.c_str(), alone.c_str(), options.gib, kSteps, ramp.Json().c_str(),
       options.processes, options.gib, together.c_str(), ours.Json().c_str(),
       reading.Json().c_str(), static_cast<int>(after.creates - before.creates),
       static_cast<int>(after.exports - before.exports),
