@@ -3,6 +3,9 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <string.h>
+#include <sys/resource.h>
+
+#include <algorithm>
 
 #include "absl/strings/str_cat.h"
 
@@ -12,6 +15,19 @@ absl::StatusOr<UniqueFd> UniqueFd::Duplicate() const {
   int copy = fcntl(fd_, F_DUPFD_CLOEXEC, 3);
   if (copy < 0) return ErrnoToStatus(errno, "dup");
   return UniqueFd(copy);
+}
+
+void GrowDescriptorTable(int count) {
+  rlimit limit;
+  if (getrlimit(RLIMIT_NOFILE, &limit) != 0) return;
+  const int last =
+      static_cast<int>(std::min<rlim_t>(static_cast<rlim_t>(count),
+                                        limit.rlim_cur)) -
+      1;
+  const UniqueFd any(open("/dev/null", O_RDONLY | O_CLOEXEC));
+  if (!any) return;
+  // The table stays as large as its highest number once needed.
+  const UniqueFd highest(fcntl(any.get(), F_DUPFD_CLOEXEC, last));
 }
 
 absl::Status ErrnoToStatus(int error, std::string_view doing) {

@@ -348,8 +348,9 @@ class Core {
                Actions& actions) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Tenants and sizes of the handles that claims wait for.
   std::set<Ledger::StockKey> WantedStock() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  // After a grant of so many handles: as many more are made beside its mapping,
-  // where there is free memory that nobody waits for.
+  // So many handles were granted and are mapped: as many more are made for the
+  // next grant, where there is free memory that nobody waits for. Not earlier:
+  // whoever makes and whoever maps would wait for each other in the driver.
   void StockUp(const std::string& tenant, Bytes size, size_t granted,
                Actions& actions) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void MakeStock(const StockHandles& stock) ABSL_LOCKS_EXCLUDED(mu_);

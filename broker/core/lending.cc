@@ -271,8 +271,6 @@ void Core::FinishMake(MakePages make, Actions& next) {
       " held=", instance.held.count(),
       " waited_us=", absl::ToInt64Microseconds(Now() - make.claim.since)));
   PumpDescriptors(session->second, next);
-  StockUp(instance.tenant, make.geometry.handle_bytes,
-          make.pages.size() * make.geometry.handles_per_page, next);
 }
 
 void Core::Send(SendHandles send, Actions& next) {

@@ -641,7 +641,11 @@ absl::Status Core::On(SessionState& session, const Mapped& mapped,
                    std::back_inserter(actions.let_go));
     }
   }
-  if (failed.empty()) return absl::OkStatus();
+  if (failed.empty()) {
+    StockUp(ledger_.FindSession(session.id)->tenant, pool.geometry.handle_bytes,
+            held.size() * pool.geometry.handles_per_page, actions);
+    return absl::OkStatus();
+  }
   actions.log.push_back(absl::StrCat("map-failed session=", session.id.value(),
                                      " grant=", grant.id.value(),
                                      " pages=", failed.size()));

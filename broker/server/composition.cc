@@ -33,6 +33,8 @@ namespace {
 constexpr absl::Duration kStateWait = absl::Milliseconds(200);
 // Handles kept for the next claim, each a descriptor.
 constexpr uint64_t kMaxStockedHandles = 4096;
+// Room in the table of descriptors from the start: 256 KiB of the kernel's.
+constexpr uint64_t kDescriptorTable = 32768;
 // For calls that are under way when the broker stops.
 constexpr absl::Duration kStopGrace = absl::Milliseconds(100);
 
@@ -153,6 +155,9 @@ absl::StatusOr<std::unique_ptr<RunningBroker>> RunningBroker::Start(
   self->options_ = std::move(options);
   self->idle_exit_ = config.idle_exit;
   const uint64_t descriptor_limit = RaiseDescriptorLimit();
+  // Before there are threads.
+  GrowDescriptorTable(static_cast<int>(
+      std::min<uint64_t>(descriptor_limit, kDescriptorTable)));
 
   // What can be wrong with the configuration, before anything is made.
   ASSIGN_OR_RETURN(const LogLevel level, ParseLogLevel(config.log_level));

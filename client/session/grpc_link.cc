@@ -22,6 +22,9 @@
 namespace kvbroker::client {
 namespace {
 
+// What an engine has open, and what may arrive at once.
+constexpr int kDescriptorRoom = 4096;
+
 absl::StatusOr<UniqueFd> ConnectSocket(const std::string& path,
                                        absl::Duration timeout) {
   sockaddr_un name{};
@@ -241,6 +244,7 @@ class GrpcLink::Stream
 absl::StatusOr<std::unique_ptr<GrpcLink>> GrpcLink::Connect(
     const BrokerAddress& address, LinkListener& listener,
     absl::Duration timeout) {
+  GrowDescriptorTable(kDescriptorRoom);
   ASSIGN_OR_RETURN(UniqueFd socket,
                    ConnectSocket(address.descriptor_path, timeout));
   RETURN_IF_ERROR(SayHello(socket.get()));

@@ -424,9 +424,8 @@ void Pool::OnGranted(const Granted& granted,
     }
     table_.SetNow(clock_.Now());
     KVB_CHECK(table_.Back(name.index, name.generation).ok());
-    // It may be enough; and while the rest is mapped, the broker makes more.
+    // It may be enough.
     if (missing_ > 0) memory_came_.SignalAll();
-    AskAhead(clock_.Now());
   }
   const bool for_a_wish = question->urgency != Urgency::kSpeculative;
   {
@@ -837,10 +836,6 @@ PageCount Pool::DrawAhead(absl::Time now) {
 
 absl::Time Pool::MapAhead(absl::Time now) {
   MutexLock lock(&mu_);
-  return AskAhead(now);
-}
-
-absl::Time Pool::AskAhead(absl::Time now) {
   if (!options_.map_ahead || !connected_ || order_ || !took_blocks_) {
     return absl::InfiniteFuture();
   }

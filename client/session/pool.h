@@ -227,8 +227,6 @@ class Pool {
   // Sends and withdraws questions for a wish; says when to call again.
   absl::Time Pursue(Urgency urgency, absl::Time now)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  // Asks for pages ahead of need where it is time to; says when to call again.
-  absl::Time AskAhead(absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // How many pages to ask for beside those that are needed; each time more.
   PageCount DrawAhead(absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 

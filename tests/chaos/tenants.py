@@ -65,6 +65,9 @@ def copy_programs(arguments: argparse.Namespace, to: pathlib.Path) -> pathlib.Pa
                 (to / folder).chmod(0o755)
             shutil.copy(programs / program, to / program)
             (to / program).chmod(0o755)
+    if (programs / "lib").is_dir():  # a bundle's, found by its programs' own places
+        shutil.copytree(programs / "lib", to / "lib")
+        os.environ["LD_LIBRARY_PATH"] = str(to / "lib")
     return to
 
 
