@@ -41,6 +41,8 @@ class Device:
     scale = 512
     # How long a process takes from its start to its first pages, roughly: for whom is to die in it.
     first_moments_s = 0.06
+    # Whether giver and taker know a page by the same name, so that histories show it passed on.
+    pages_have_names = True
     _memory = re.compile("/memfd:kvbroker")
 
     def __init__(self, folder: pathlib.Path) -> None:
@@ -116,6 +118,7 @@ class Gpu(Device):
     capacity = "8G"
     scale = 64
     first_moments_s = 3.0  # CUDA makes a context.
+    pages_have_names = False
 
     def __init__(self, folder: pathlib.Path, uuid: str | None) -> None:
         super().__init__(folder)
