@@ -28,6 +28,8 @@ PROGRAMS = (
 )
 # How a broker may tell tenants apart; with the last, all that use a socket are one.
 TENANT_BY = ("uid_pidns", "uid", "socket")
+# Load goes on until so many orders were given, and for no longer than that after --seconds.
+ENOUGH_ORDERS, LONGER_S = 400, 20.0
 
 
 def main() -> None:
@@ -90,6 +92,12 @@ def run(arguments: argparse.Namespace, tenant_by: str, seeds: list[int]) -> dict
             for j, trace in enumerate(TRACES)
         ]
         time.sleep(arguments.seconds)
+        # A busy machine gets less done in that time, and too little shows nothing.
+        patience = time.monotonic() + LONGER_S
+        while time.monotonic() < patience:
+            if fleet.broker_log().read_text().count(" reclaim ") >= ENOUGH_ORDERS:
+                break
+            time.sleep(0.2)
         seen = {
             "fresh_pages": 0, "fresh_zero_pages": 0, "fresh_own_tenant_pages": 0,
             "foreign_patterns": 0, "fresh_garbage_lines": 0, "integrity_errors": 0,
