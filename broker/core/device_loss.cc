@@ -66,8 +66,12 @@ void Core::ProbeIfDue() {
 }
 
 void Core::Probe() {
+  // In a slab there is no place that is nobody's to try with.
   absl::Status works =
-      options_.backend->Create(options_.backend->info().granularity).status();
+      fixed_addresses_
+          ? absl::OkStatus()
+          : options_.backend->Create(options_.backend->info().granularity)
+                .status();
   // One that is full works.
   if (absl::IsResourceExhausted(works)) works = absl::OkStatus();
   if (works.ok()) works = options_.backend->UsedBytes().status();

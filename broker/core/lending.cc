@@ -307,7 +307,10 @@ void Core::Send(SendHandles send, Actions& next) {
   // Out of descriptors, most likely: the rest goes again a little later. With a
   // lost device, when it is back.
   MutexLock lock(&mu_);
-  if (IsDeviceLost(failure)) LoseDevice(failure, next);
+  if (IsDeviceLost(failure)) {
+    LoseDevice(failure, next);
+    Arbitrate(next);  // nobody gives for claims that are no more
+  }
   if (device_error_.ok()) {
     next.log.push_back(absl::StrCat(
         "export-failed session=", send.session.value(),

@@ -108,7 +108,7 @@ bool Pool::Alloc(absl::Span<BlockId> out, Urgency urgency) {
     ++missing_;
     memory_came_.WaitWithDeadline(&mu_, absl::Now() + (*give_up - now));
     --missing_;
-    if (gone_) return false;
+    if (gone_ || closed_) return false;
   }
   // A smaller request than the one that missed says nothing of that one.
   if (wished.pages != 0 && out.size() >= wished.blocks) {
@@ -402,6 +402,7 @@ void Pool::OnGranted(const Granted& granted,
     session_.Send(std::move(mapped));
     return;
   }
+  const bool for_a_wish = question->urgency != Urgency::kSpeculative;
   for (size_t i = 0; i < granted.pages.size(); ++i) {
     const PageName name = granted.pages[i];
     if (!wanted[i]) {
@@ -424,10 +425,16 @@ void Pool::OnGranted(const Granted& granted,
     }
     table_.SetNow(clock_.Now());
     KVB_CHECK(table_.Back(name.index, name.generation).ok());
+    // By whoever waits, the wish may have been lowered for those before it.
+    if (for_a_wish && wish(question->urgency).pages > 0) {
+      const absl::Time now = clock_.Now();
+      --wish(question->urgency).pages;
+      guarded_ = guarded_pages(now) + 1;
+      guarded_until_ = now + kGuard;
+    }
     // It may be enough.
     if (missing_ > 0) memory_came_.SignalAll();
   }
-  const bool for_a_wish = question->urgency != Urgency::kSpeculative;
   {
     MutexLock lock(&mu_);
     const absl::Time now = clock_.Now();
@@ -435,9 +442,6 @@ void Pool::OnGranted(const Granted& granted,
         static_cast<PageCount>(granted.pages.size() - mapped.failed.size());
     if (for_a_wish) {
       Wish& wished = wish(question->urgency);
-      guarded_ = guarded_pages(now) + std::min(came, wished.pages);
-      guarded_until_ = now + kGuard;
-      wished.pages = std::max<PageCount>(wished.pages - came, 0);
       if (came > 0) ahead_after_ = absl::InfinitePast();
       if (question->cancelled) wished.retry_at = absl::InfinitePast();
       if (!mapped.failed.empty()) {
@@ -502,6 +506,10 @@ void Pool::OnRefused(const Refused& refused) {
     ahead_after_ = now + kAheadPause;
     ahead_batch_ = 0;
     ahead_below_ = options_.min_reserved_pages;
+    // For its slots.
+    if (question.cancelled) {
+      for (Wish& wished : wishes_) wished.retry_at = absl::InfinitePast();
+    }
   } else if (!question.credit) {
     // A cancelled one leaves slots that the next may have been short of.
     wish(question.urgency).retry_at =
@@ -752,6 +760,19 @@ void Pool::Ask(Urgency urgency, PageCount want, PageCount at_least,
     }
     // Once it is refused, its slots are there for the next try.
     if (replaces != Sequence()) session_.Send(Cancel{replaces});
+    // As are those of mapping ahead, which gives way.
+    bool slots_come = false;
+    for (Question& other : questions_) {
+      if (urgency == Urgency::kSpeculative || other.credit ||
+          other.urgency != Urgency::kSpeculative) {
+        continue;
+      }
+      slots_come = true;
+      if (!std::exchange(other.cancelled, true)) {
+        session_.Send(Cancel{other.sequence});
+      }
+    }
+    if (slots_come) return;
     if (urgency != Urgency::kSpeculative) {
       wish(urgency).retry_at = clock_.Now() + kWishLife;
     } else {
@@ -793,7 +814,7 @@ absl::Time Pool::Pursue(Urgency urgency, absl::Time now) {
   }
   if (wished.pages > 0) due = wished.renewed_at + kWishLife;
   // Pages that cannot be mapped would be taken from others in vain.
-  if (!connected_ || IsPoisoned(device_error_)) return due;
+  if (!connected_ || closed_ || IsPoisoned(device_error_)) return due;
   const PageCount needed = std::max<PageCount>(wished.pages - arriving_, 0);
   Question* question = QuestionOf(urgency);
   if (question != nullptr && needed != question->at_least) {
@@ -836,7 +857,8 @@ PageCount Pool::DrawAhead(absl::Time now) {
 
 absl::Time Pool::MapAhead(absl::Time now) {
   MutexLock lock(&mu_);
-  if (!options_.map_ahead || !connected_ || order_ || !took_blocks_) {
+  if (!options_.map_ahead || !connected_ || order_ || !took_blocks_ ||
+      IsPoisoned(device_error_)) {
     return absl::InfiniteFuture();
   }
   if (now >= ahead_asked_at_ + kAheadCalm) {

@@ -23,7 +23,8 @@
 // away. A page is unmapped only when the steps that may use it are done.
 //
 // Threads: the engine's calls from any thread; those marked so from the worker
-// only. Callbacks run on the worker, without the pool's lock, and may call the
+// only. Callbacks run on the worker or a thread of the link, without the pool's
+// lock, must not close the session, and may call the
 // engine's side.
 #ifndef KVBROKER_CLIENT_SESSION_POOL_H_
 #define KVBROKER_CLIENT_SESSION_POOL_H_

@@ -622,6 +622,35 @@ TEST_F(PoolTest, WhatIsNeededIsTakenBeforeTheRestIsMapped) {
   EXPECT_EQ(mapper_->mapped(), 3u);
 }
 
+TEST_F(PoolTest, MappingAheadGivesItsSlotsToWhoNeedsThem) {
+  PoolOptions options = AheadOptions();
+  options.geometry.max_pages = 3;
+  Make(options);
+  Fill(1);
+  Acquire ahead = session_.TakeOnly<Acquire>();
+  ASSERT_EQ(ahead.urgency, Urgency::kSpeculative);
+  ASSERT_EQ(ahead.want, 2) << "all slots that are left";
+  EXPECT_FALSE(Alloc(4));
+  pool_->Work();
+  EXPECT_EQ(session_.TakeOnly<Cancel>().sequence, ahead.sequence);
+  Refuse(ahead, absl::StatusCode::kCancelled);
+  pool_->Work();
+  EXPECT_EQ(session_.TakeOnly<Acquire>().urgency, Urgency::kWaiting)
+      << "without a pause";
+}
+
+TEST_F(PoolTest, WhoWaitsWhenThePoolIsClosedGetsNothing) {
+  PoolOptions options = QuietOptions();
+  options.running_miss_wait = absl::Hours(1);
+  Make(options);
+  StartAlloc(4);
+  Acquire asked = session_.Await<Acquire>();
+  pool_->Close();
+  Grant(asked);
+  EXPECT_FALSE(FinishAlloc());
+  EXPECT_EQ(mapper_->mapped(), 0u);
+}
+
 // What is set aside is for what it was counted for.
 TEST_F(CreditTest, NothingIsMappedAheadOfIt) {
   PoolOptions options = AheadOptions();

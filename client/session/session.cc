@@ -483,6 +483,17 @@ void Session::Process(const Opened& opened) {
   }
   if (!resumes) {
     for (auto& pool : pools_) {
+      const Bytes page = pool->options().geometry.page_bytes();
+      const Bytes block = pool->options().block_bytes;
+      // Where the broker chooses places, it may choose such a page for ever.
+      if (!opened.slab.empty() && page.count() % block.count() != 0 &&
+          block * 2 > page) {
+        return LeaveAlone(absl::InvalidArgumentError(absl::StrCat(
+            "in a slab (", opened.backend,
+            ") each page has to hold a whole block: make pages a multiple of the "
+            "block, ",
+            block.count(), " bytes; they are ", page.count())));
+      }
       if (absl::Status begun = pool->mapper().Begin(opened); !begun.ok()) {
         return LeaveAlone(std::move(begun));
       }
