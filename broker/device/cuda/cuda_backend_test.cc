@@ -528,6 +528,23 @@ TEST_F(CudaTest, InUseWithoutADescriptorOfItsOwnItWorksAllTheSame) {
   }
 }
 
+TEST_F(CudaTest, WhatIsPreparedIsExportedAlready) {
+  auto backend = *CudaBackend::Create(*CudaDriver::Load(fake_.paths()),
+                                      {.kept_descriptors = 1});
+  Handle first = *backend->Create(MiB(2));
+  Handle second = *backend->Create(MiB(2));
+  fake_.Fail("cuMemExportToShareableHandle", 1, cuda::CUDA_ERROR_UNKNOWN);
+  backend->Prepare(first);
+  EXPECT_EQ(backend->kept_descriptors(), 0) << "its Export will say why";
+  backend->Prepare(first);
+  EXPECT_EQ(backend->counts().exports, 2);
+  EXPECT_TRUE(backend->Export(first).ok());
+  EXPECT_EQ(backend->counts().exports, 2);
+  // No more are kept: it would be for nothing.
+  backend->Prepare(second);
+  EXPECT_EQ(backend->counts().exports, 2);
+}
+
 TEST_F(CudaTest, WhereDescriptorsAreShortTheKeptOnesGo) {
   auto backend = Make();
   ASSERT_TRUE(backend.ok()) << backend.status();
