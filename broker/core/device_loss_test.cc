@@ -121,6 +121,26 @@ TEST_F(DeviceLossTest, IsTriedEverySecondAndComesBackByItself) {
   EXPECT_EQ(world_.core().RunDue(), absl::InfiniteFuture()) << "no probes";
 }
 
+class SlabDeviceLossTest : public DeviceLossTest {
+ protected:
+  SlabDeviceLossTest()
+      : DeviceLossTest({.capacity = MiB(8), .fixed_addresses = true}) {}
+};
+
+TEST_F(SlabDeviceLossTest, ComesBackByItself) {
+  FakeClient& a = world_.Start({.name = "a"});
+  Break(Call::kCreate);
+  const Sequence first = a.Ask({.at_least = 1});
+  world_.Settle();
+  ASSERT_NE(a.refused(first), nullptr);
+  Mend();
+  world_.Advance(absl::Seconds(1));
+  EXPECT_EQ(Error(), "");
+  a.Ask({.at_least = 2});
+  world_.Settle();
+  EXPECT_EQ(a.mapped(), 2);
+}
+
 TEST_F(DeviceLossTest, AFullDeviceWorks) {
   FakeClient& a = world_.Start({.name = "a"});
   Break(Call::kCreate);
