@@ -93,9 +93,13 @@ void Session::SendOpen(const Nonce& nonce,
   {
     MutexLock lock(&mu_);
     open.declared_peak = declared_peak_;
+    // It has been this one's.
+    if (resuming) open.instance = opened_->instance;
   }
+  open.name_conflict = options_.name_conflict;
   open.min = options_.min;
   open.max = options_.max;
+  open.min_fraction = options_.min_fraction;
   open.max_fraction = options_.max_fraction;
   open.weight = options_.weight;
   for (const PoolOptions& pool : options_.pools) {

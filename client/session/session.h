@@ -69,8 +69,11 @@ struct SessionOptions {
   // In force unless an operator has set others.
   std::optional<Bytes> min;
   std::optional<Bytes> max;
+  std::optional<double> min_fraction;
   std::optional<double> max_fraction;
   std::optional<double> weight;
+  // Where another live process of the tenant has the name.
+  NameConflict name_conflict = NameConflict::kJoin;
   std::vector<PoolOptions> pools;
   absl::Duration open_timeout = absl::Seconds(10);
   // The operator ended this session. By default: says so on stderr and ends the
