@@ -14,15 +14,16 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "absl/types/span.h"
 #include "broker/base/status_macros.h"
 #include "client/address/broker_address.h"
+#include "client/address/broker_starter.h"
 #include "client/capi/kvbroker.h"
 #include "client/session/open_session.h"
 
 using kvbroker::Bytes;
 using kvbroker::client::BlockRemoval;
-using kvbroker::client::BrokerAddress;
 using kvbroker::client::Pool;
 using kvbroker::client::PoolOptions;
 using kvbroker::client::PoolUsage;
@@ -33,11 +34,14 @@ struct kvb_session_options {
   SessionOptions session;
   std::string address;
   std::string gpu;
+  std::string kvbrokerd;
+  int name_conflict = KVB_JOIN;
 };
 
 struct kvb_session {
   std::unique_ptr<Session> session;
   std::string instance;
+  std::string joined_pids;
   pid_t owner = 0;
 };
 
@@ -189,6 +193,29 @@ absl::StatusOr<PoolOptions> FromC(const kvb_pool_options* given) {
   return options;
 }
 
+absl::StatusOr<kvbroker::NameConflict> NameConflict(int given) {
+  switch (given) {
+    case KVB_JOIN:
+      return kvbroker::NameConflict::kJoin;
+    case KVB_SUFFIX:
+      return kvbroker::NameConflict::kSuffix;
+    case KVB_ERROR:
+      return kvbroker::NameConflict::kError;
+  }
+  return absl::InvalidArgumentError(
+      absl::StrCat("options: no such name_conflict: ", given));
+}
+
+// Empty: none.
+absl::StatusOr<std::string> ProgramToStart(const kvb_session_options& options) {
+  if (options.kvbrokerd.empty() || !options.address.empty()) {
+    return std::string();
+  }
+  ASSIGN_OR_RETURN(const bool allowed,
+                   kvbroker::client::AutostartAllowed(std::getenv));
+  return allowed ? options.kvbrokerd : std::string();
+}
+
 // gRPC's threads do not survive a fork, and the child hangs where it waits for
 // them. The process that opened the first session:
 std::atomic<pid_t> opener = 0;
@@ -236,6 +263,21 @@ void kvb_session_options_free(kvb_session_options* options) noexcept {
 void kvb_session_options_set_address(kvb_session_options* options,
                                      const char* address) noexcept {
   options->address = address;
+}
+
+void kvb_session_options_set_autostart(kvb_session_options* options,
+                                       const char* kvbrokerd_path) noexcept {
+  options->kvbrokerd = kvbrokerd_path == nullptr ? "" : kvbrokerd_path;
+}
+
+void kvb_session_options_set_name_conflict(kvb_session_options* options,
+                                           int name_conflict) noexcept {
+  options->name_conflict = name_conflict;
+}
+
+void kvb_session_options_set_min_fraction(kvb_session_options* options,
+                                          double fraction) noexcept {
+  options->session.min_fraction = fraction;
 }
 
 void kvb_session_options_set_gpu(kvb_session_options* options,
@@ -316,12 +358,23 @@ kvb_code kvb_session_open(const kvb_session_options* options,
     kvbroker::client::AddressOptions where;
     where.address = options->address;
     where.gpu = options->gpu;
-    ASSIGN_OR_RETURN(BrokerAddress broker, kvbroker::client::FindBroker(where));
+    SessionOptions wished = options->session;
+    ASSIGN_OR_RETURN(wished.name_conflict, NameConflict(options->name_conflict));
+    ASSIGN_OR_RETURN(const std::string kvbrokerd, ProgramToStart(*options));
     auto opened = std::make_unique<kvb_session>();
-    ASSIGN_OR_RETURN(
-        opened->session,
-        kvbroker::client::OpenSession(broker, options->session));
-    opened->instance = opened->session->opened().instance;
+    absl::StatusOr<std::unique_ptr<Session>> answered =
+        kvbroker::client::FindAndOpenSession(where, std::move(wished),
+                                             kvbrokerd);
+    if (absl::IsNotFound(answered.status()) && kvbrokerd.empty() &&
+        !options->kvbrokerd.empty() && options->address.empty()) {
+      return absl::NotFoundError(absl::StrCat(
+          answered.status().message(),
+          "; none is started, since KVBROKER_AUTOSTART forbids it"));
+    }
+    ASSIGN_OR_RETURN(opened->session, std::move(answered));
+    const kvbroker::Opened answer = opened->session->opened();
+    opened->instance = answer.instance;
+    opened->joined_pids = absl::StrJoin(answer.joined_pids, ",");
     opened->owner = getpid();
     *session = opened.release();
     return absl::OkStatus();
@@ -336,6 +389,10 @@ void kvb_session_close(kvb_session* session) noexcept {
 
 const char* kvb_session_instance(const kvb_session* session) noexcept {
   return session->instance.c_str();
+}
+
+const char* kvb_session_joined_pids(const kvb_session* session) noexcept {
+  return session->joined_pids.c_str();
 }
 
 kvb_code kvb_session_health(kvb_session* session, char** error) noexcept {

@@ -552,6 +552,13 @@ void Session::DropLink() {
   events_.clear();
 }
 
+void Session::SayWhyAway(const absl::Status& attempt) {
+  MutexLock lock(&mu_);
+  health_ = absl::Status(
+      away_why_.code(),
+      absl::StrCat(away_why_.message(), "; ", attempt.message()));
+}
+
 absl::Time Session::PauseBeforeReconnect() {
   const absl::Time now = clock_.Now();
   return try_at_ = now + std::clamp((now - away_since_) / 4, kShortestPause,
@@ -580,6 +587,7 @@ absl::Time Session::Reconnect() {
   DropLink();
   absl::StatusOr<Connection> connection = connect_();
   if (!connection.ok()) {
+    SayWhyAway(connection.status());
     return PauseBeforeReconnect();
   }
   away_ = false;
@@ -730,6 +738,7 @@ void Session::Process(const Disconnected& disconnected) {
     pool->OnDisconnected(
         why, memory_gone ? Pool::Memory::kGone : Pool::Memory::kStays);
   }
+  away_why_ = why;
   MutexLock lock(&mu_);
   health_ = why;
   if (room_ && !room_->answer) room_->answer = why;
