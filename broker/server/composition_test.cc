@@ -386,7 +386,7 @@ TEST_F(CompositionTest, ABrokerDoesNotLeaveWhileSomebodyOpensASession) {
   {
     // Between hello and Open.
     TestSession session(address());
-    ASSERT_TRUE(session.descriptors().Hello().ok());
+    ASSERT_TRUE(session.descriptors().GetNonce());
     EXPECT_FALSE(broker_->LeaveIfIdle());
   }
   WaitUntil([&] { return TestSession(address()).Begin("a").ok(); });

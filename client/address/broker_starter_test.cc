@@ -172,9 +172,12 @@ TEST_F(BrokerStarterTest, ABrokerThatEndsAgainIsStartedLessAndLessOften) {
 }
 
 TEST_F(BrokerStarterTest, WhoIsForgottenIsStillReaped) {
-  BrokerStarter starter(Script("exit 0"));
+  const std::string gate = root_ / "gate";
+  ASSERT_EQ(mkfifo(gate.c_str(), 0600), 0);
+  BrokerStarter starter(Script(absl::StrCat("cat ", gate)));
   EXPECT_TRUE(absl::IsUnavailable(starter.Step()));
   starter.Forget();
+  std::ofstream(gate).close();
   siginfo_t info;
   while (waitid(P_ALL, 0, &info, WEXITED | WNOHANG | WNOWAIT) == 0) {
     absl::SleepFor(absl::Milliseconds(1));

@@ -94,7 +94,9 @@ void Session::SendOpen(const Nonce& nonce,
     MutexLock lock(&mu_);
     open.declared_peak = declared_peak_;
     // It has been this one's.
-    if (resuming) open.instance = opened_->instance;
+    if (resuming && !opened_->instance.empty()) {
+      open.instance = opened_->instance;
+    }
   }
   open.name_conflict = options_.name_conflict;
   open.min = options_.min;
