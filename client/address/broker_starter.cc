@@ -11,6 +11,8 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <filesystem>
+#include <system_error>
 #include <thread>
 #include <utility>
 
@@ -100,20 +102,43 @@ struct SpawnSettings {
   posix_spawnattr_t attributes;
 };
 
+// In /tmp anybody can make a directory, or a link, of the name.
 absl::Status MakeDirectory(const std::string& path) {
-  if (mkdir(path.c_str(), 0700) == 0 || errno == EEXIST) {
+  if (mkdir(path.c_str(), 0700) != 0 && errno != EEXIST) {
+    return ErrnoToStatus(
+        errno, absl::StrCat("no broker can be started: mkdir of the per-user "
+                            "socket directory ",
+                            path));
+  }
+  struct stat info;
+  if (lstat(path.c_str(), &info) != 0) {
+    return ErrnoToStatus(errno, "stat of " + path);
+  }
+  if (S_ISDIR(info.st_mode) && info.st_uid == geteuid()) {
     return absl::OkStatus();
   }
-  return ErrnoToStatus(
-      errno, absl::StrCat("no broker can be started: mkdir of the per-user "
-                          "socket directory ",
-                          path));
+  return absl::PermissionDeniedError(
+      absl::StrCat("no broker can be started: the per-user socket directory is "
+                   "no directory of this user's, remove it or set "
+                   "XDG_RUNTIME_DIR: ",
+                   path));
+}
+
+// Found from wherever this process will be.
+BrokerStarter::Options WithAbsolutePaths(BrokerStarter::Options options) {
+  for (std::string* path : {&options.program, &options.directory}) {
+    std::error_code error;  // stays as it is where nobody knows where we are
+    const std::filesystem::path absolute =
+        std::filesystem::absolute(*path, error);
+    if (!error) *path = absolute;
+  }
+  return options;
 }
 
 }  // namespace
 
 BrokerStarter::BrokerStarter(Options options, Clock& clock)
-    : options_(std::move(options)),
+    : options_(WithAbsolutePaths(std::move(options))),
       clock_(clock),
       environment_(EnvironmentToPassOn()) {}
 

@@ -130,6 +130,18 @@ TEST_F(BrokerStarterTest, WhatFailedSaysWhy) {
               HasSubstr("no/such/folder"));
 }
 
+TEST_F(BrokerStarterTest, AnythingButADirectoryOfOnesOwnIsRefused) {
+  const BrokerStarter::Options options = Script("exit 0");
+  std::filesystem::create_directory_symlink(root_ / "elsewhere",
+                                            options.directory);
+  EXPECT_TRUE(absl::IsPermissionDenied(BrokerStarter(options).Step()));
+  std::filesystem::remove(options.directory);
+  std::filesystem::create_directory(options.directory);
+  if (geteuid() != 0) return;
+  ASSERT_EQ(chown(options.directory.c_str(), 4001, 4001), 0);
+  EXPECT_TRUE(absl::IsPermissionDenied(BrokerStarter(options).Step()));
+}
+
 TEST_F(BrokerStarterTest, WhoHasTheDeviceIsNamed) {
   BrokerStarter starter(
       Script("echo 'served-at /run/x/GPU-1.sock'; "

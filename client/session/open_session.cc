@@ -1,5 +1,6 @@
 #include "client/session/open_session.h"
 
+#include <errno.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -162,9 +163,15 @@ class Opening {
     taken = absl::FailedPreconditionError(
         absl::StrCat("no broker can be started: ", taken.message()));
     const std::string& socket = starter_->holder_socket();
+    if (socket.empty()) return taken;
     struct stat info;
-    if (socket.empty() || stat(socket.c_str(), &info) != 0 ||
-        (info.st_uid != geteuid() && info.st_uid != 0)) {
+    if (stat(socket.c_str(), &info) != 0) {
+      again_ = errno != EACCES;  // else it may be about to listen
+      return taken;
+    }
+    if (info.st_uid != geteuid() && info.st_uid != 0) {
+      // One of the system's is found there.
+      again_ = DirectoryOf(socket) == where_.system_directory;
       return taken;
     }
     absl::StatusOr<BrokerAddress> broker =
