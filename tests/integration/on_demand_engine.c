@@ -1,7 +1,7 @@
 /* An engine that a test speaks to, over stdin and stdout: opens a session with
  * what its arguments say, and then does what it is told.
  *
- *   on_demand_engine NAME KVBROKERD [join|suffix|error]
+ *   on_demand_engine NAME KVBROKERD [join|suffix|error [GPU]]
  *
  *   hold N   takes N blocks          -> "held N", or "short"
  *   health                           -> "health CODE TEXT"
@@ -14,7 +14,9 @@
 
 #include "client/capi/kvbroker.h"
 
-enum { kBlockBytes = 1 << 16, kMaxBlocks = 1024 };
+enum { kMaxBlocks = 1024 };
+static size_t block_bytes = 1 << 16;
+static const char* gpu = NULL;
 
 static int conflict_of(const char* word) {
   if (strcmp(word, "suffix") == 0) return KVB_SUFFIX;
@@ -27,8 +29,8 @@ static void hold(kvb_pool* pool, int count, int64_t patience_ms) {
   if (kvb_pool_reserve(pool, (size_t)count, patience_ms) &&
       kvb_pool_alloc(pool, (size_t)count, KVB_RUNNING, blocks)) {
     char* memory = kvb_pool_region(pool, 0);
-    for (int i = 0; i < count; ++i) {
-      memset(memory + (size_t)blocks[i] * kBlockBytes, 1, kBlockBytes);
+    for (int i = 0; i < count && gpu == NULL; ++i) {
+      memset(memory + (size_t)blocks[i] * block_bytes, 1, block_bytes);
     }
     printf("held %d\n", count);
   } else {
@@ -38,16 +40,24 @@ static void hold(kvb_pool* pool, int count, int64_t patience_ms) {
 
 int main(int argc, char** argv) {
   if (argc < 3) return 2;
+  if (argc > 4) {
+    gpu = argv[4];
+    block_bytes = 2 << 20;
+  }
   setvbuf(stdout, NULL, _IOLBF, 0);
   kvb_pool_options pool_options;
   kvb_pool_options_init(&pool_options, sizeof(pool_options));
-  pool_options.handle_bytes = kBlockBytes;
-  pool_options.block_bytes = kBlockBytes;
+  pool_options.handle_bytes = block_bytes;
+  pool_options.block_bytes = block_bytes;
   pool_options.max_pages = kMaxBlocks;
   pool_options.map_ahead = 0;
 
   kvb_session_options* options = kvb_session_options_new(argv[1]);
-  kvb_session_options_set_backend(options, "host");
+  if (gpu == NULL) {
+    kvb_session_options_set_backend(options, "host");
+  } else {
+    kvb_session_options_set_gpu(options, gpu);
+  }
   kvb_session_options_set_autostart(options, argv[2]);
   if (argc > 3) {
     kvb_session_options_set_name_conflict(options, conflict_of(argv[3]));

@@ -11,11 +11,12 @@ import sys
 import tempfile
 import time
 import unittest
-from typing import Dict, List
+from typing import Dict, List, Optional
 
 KVBROKERD = os.path.abspath("broker/server/kvbrokerd")
 KVCTL = os.path.abspath("client/cli/kvctl")
 ENGINE = os.path.abspath("tests/integration/on_demand_engine")
+GPU = "GPU-fa6e0000-0000-4000-8000-000000000000"  # the fake driver's
 # For giving up only.
 PATIENCE = 60.0
 
@@ -29,10 +30,11 @@ class Engine:
         environment: Dict[str, str],
         program: str = KVBROKERD,
         conflict: str = "join",
+        gpu: Optional[str] = None,
         **options: object,
     ) -> None:
         self.process = subprocess.Popen(
-            [ENGINE, name, program, conflict],
+            [ENGINE, name, program, conflict] + ([gpu] if gpu else []),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -297,6 +299,31 @@ class OnDemandTest(unittest.TestCase):
         self.assertTrue(line.startswith("failed 9 "), line)
         for part in ("uid 0", f"pid {broker}", self.directory, "allow_uids"):
             self.assertIn(part, line)
+
+    def test_a_gpu_has_one_of_its_own_beside_the_hosts(self) -> None:
+        fake = os.path.abspath("tests/fake_cuda/libfake_cuda.so")
+        memory = os.path.join(self.folder, "gpu")
+        os.mkdir(memory)
+        self.environment.update(
+            KVBROKER_CUDA_DRIVER=fake,
+            KVBROKER_NVML=fake,
+            KVBROKER_FAKE_CUDA_DIR=memory,
+            KVBROKER_FAKE_CUDA_TOTAL=str(256 << 20),
+            KVBROKERD_HEADROOM="16M",
+        )
+        on_host = self.opened("a")
+        host = self.broker()
+        on_gpu = self.opened("a", gpu=GPU)
+        self.assertEqual(on_gpu.ask("hold 4"), "held 4")
+        self.assertEqual(on_host.ask("hold 4"), "held 4")
+        self.assertIn(GPU, self.kvctl("list"))
+        until("two brokers", lambda: len(self.brokers()) == 2)
+        (broker,) = set(self.brokers()) - {host}
+        os.kill(broker, signal.SIGKILL)
+        begin = time.monotonic()
+        until("growth", lambda: on_gpu.ask("grow") == "held 1")
+        print(f"on the GPU: grows after {(time.monotonic() - begin) * 1000:.0f} ms")
+        self.assertIn(host, self.brokers())
 
     def test_a_name_in_use(self) -> None:
         first = self.opened("a")
