@@ -362,16 +362,17 @@ kvb_code kvb_session_open(const kvb_session_options* options,
     ASSIGN_OR_RETURN(wished.name_conflict, NameConflict(options->name_conflict));
     ASSIGN_OR_RETURN(const std::string kvbrokerd, ProgramToStart(*options));
     auto opened = std::make_unique<kvb_session>();
-    absl::StatusOr<std::unique_ptr<Session>> answered =
+    absl::StatusOr<kvbroker::client::FoundSession> found =
         kvbroker::client::FindAndOpenSession(where, std::move(wished),
                                              kvbrokerd);
-    if (absl::IsNotFound(answered.status()) && kvbrokerd.empty() &&
+    if (absl::IsNotFound(found.status()) && kvbrokerd.empty() &&
         !options->kvbrokerd.empty() && options->address.empty()) {
       return absl::NotFoundError(absl::StrCat(
-          answered.status().message(),
+          found.status().message(),
           "; none is started, since KVBROKER_AUTOSTART forbids it"));
     }
-    ASSIGN_OR_RETURN(opened->session, std::move(answered));
+    RETURN_IF_ERROR(found.status());
+    opened->session = std::move(found->session);
     const kvbroker::Opened answer = opened->session->opened();
     opened->instance = answer.instance;
     opened->joined_pids = absl::StrJoin(answer.joined_pids, ",");

@@ -103,12 +103,15 @@ class Opening {
             .backend = options_.backend,
             .gpu = where_.gpu})) {}
 
-  absl::StatusOr<std::unique_ptr<Session>> Run() {
+  absl::StatusOr<FoundSession> Run() {
     while (true) {
       absl::StatusOr<std::unique_ptr<Session>> session = Attempt();
-      if (session.ok()) starter_->Forget();
-      if (session.ok() || !again_ || absl::Now() + kTryAgain >= give_up_) {
-        return session;
+      if (session.ok()) {
+        starter_->Forget();
+        return FoundSession{*std::move(session), broker_};
+      }
+      if (!again_ || absl::Now() + kTryAgain >= give_up_) {
+        return session.status();
       }
       absl::SleepFor(kTryAgain);
     }
@@ -142,6 +145,7 @@ class Opening {
   }
 
   absl::StatusOr<std::unique_ptr<Session>> Open(const BrokerAddress& broker) {
+    broker_ = broker;
     absl::StatusOr<std::unique_ptr<Session>> session = TryOpenSession(
         broker, options_, give_up_ - absl::Now(), RestarterOf(broker));
     // One that is leaving closes connections as one does that does not admit
@@ -194,6 +198,7 @@ class Opening {
   const absl::Time start_, give_up_;
   const std::shared_ptr<BrokerStarter> starter_;
   absl::Time refused_since_ = absl::InfiniteFuture();
+  BrokerAddress broker_;  // of the last attempt
   bool again_ = false;
 };
 
@@ -216,7 +221,7 @@ absl::StatusOr<std::unique_ptr<Session>> OpenSession(
   }
 }
 
-absl::StatusOr<std::unique_ptr<Session>> FindAndOpenSession(
+absl::StatusOr<FoundSession> FindAndOpenSession(
     AddressOptions where, SessionOptions options,
     const std::string& kvbrokerd) {
   if (where.backend.empty()) where.backend = options.backend;
@@ -232,7 +237,9 @@ absl::StatusOr<std::unique_ptr<Session>> FindAndOpenSession(
           "GPU by its uuid, or the backend host"));
     }
     RETURN_IF_ERROR(broker.status());
-    return OpenSession(*broker, std::move(options));
+    ASSIGN_OR_RETURN(std::unique_ptr<Session> session,
+                     OpenSession(*broker, std::move(options)));
+    return FoundSession{std::move(session), *std::move(broker)};
   }
   return Opening(std::move(where), std::move(options), kvbrokerd).Run();
 }

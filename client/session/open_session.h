@@ -28,7 +28,11 @@ absl::StatusOr<std::unique_ptr<Session>> OpenSession(
 //
 // `kvbrokerd`: the program; empty: never. Where none is started, the error says
 // why; where another user's broker has the device, whose, and how to be admitted.
-absl::StatusOr<std::unique_ptr<Session>> FindAndOpenSession(
+struct FoundSession {
+  std::unique_ptr<Session> session;
+  BrokerAddress broker;
+};
+absl::StatusOr<FoundSession> FindAndOpenSession(
     AddressOptions where, SessionOptions options, const std::string& kvbrokerd);
 
 }  // namespace kvbroker::client

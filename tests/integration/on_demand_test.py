@@ -96,10 +96,14 @@ def field(pid: int, number: int) -> int:
 
 def descendants(pid: int) -> List[int]:
     found = []
-    for task in os.listdir(f"/proc/{pid}/task"):
-        with open(f"/proc/{pid}/task/{task}/children", encoding="ascii") as children:
-            for child in children.read().split():
-                found += [int(child)] + descendants(int(child))
+    try:
+        for task in os.listdir(f"/proc/{pid}/task"):
+            path = f"/proc/{pid}/task/{task}/children"
+            with open(path, encoding="ascii") as children:
+                for child in children.read().split():
+                    found += [int(child)] + descendants(int(child))
+    except FileNotFoundError:  # a process or thread that has just ended
+        return found + descendants(pid) if os.path.exists(f"/proc/{pid}") else found
     return found
 
 
