@@ -54,7 +54,28 @@ absl::Status CudaMapper::Start() {
                      FormatBytes(geometry_.page_bytes() * geometry_.max_pages),
                      ": ", reserved.message()));
   }
-  return reserved;
+  RETURN_IF_ERROR(reserved);
+  cuda::CUcontext held = nullptr;
+  absl::Status retained =
+      CudaStatus(cuda_.cuDevicePrimaryCtxRetain(&held, device_.device),
+                 "cuDevicePrimaryCtxRetain");
+  if (!retained.ok()) {
+    cuda_.cuMemAddressFree(base_, range_bytes());
+    return retained;
+  }
+  // The driver outlives every mapper, and what they leave behind. At the end of
+  // a process it may be gone already: it answers so, and that is fine.
+  range_ = std::shared_ptr<void>(
+      reinterpret_cast<void*>(static_cast<uintptr_t>(base_)),
+      [&cuda = cuda_, device = device_.device, context = held, base = base_,
+       bytes = range_bytes()](void*) {
+        {
+          CurrentCudaContext current(cuda, context);
+          if (current.status().ok()) cuda.cuMemAddressFree(base, bytes);
+        }
+        cuda.cuDevicePrimaryCtxRelease(device);
+      });
+  return absl::OkStatus();
 }
 
 CudaMapper::~CudaMapper() {
@@ -65,7 +86,6 @@ CudaMapper::~CudaMapper() {
     for (uint32_t page = 0; page < geometry_.max_pages; ++page) {
       RollBack(PageIndex(page), geometry_.handles_per_page);
     }
-    if (base_ != 0) cuda_.cuMemAddressFree(base_, range_bytes());
     fence_.Clear();
   }
   cuda_.cuDevicePrimaryCtxRelease(device_.device);
