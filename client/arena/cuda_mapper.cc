@@ -55,19 +55,11 @@ absl::Status CudaMapper::Start() {
                      ": ", reserved.message()));
   }
   RETURN_IF_ERROR(reserved);
-  cuda::CUcontext held = nullptr;
-  absl::Status retained =
-      CudaStatus(cuda_.cuDevicePrimaryCtxRetain(&held, device_.device),
-                 "cuDevicePrimaryCtxRetain");
-  if (!retained.ok()) {
-    cuda_.cuMemAddressFree(base_, range_bytes());
-    return retained;
-  }
   // The driver outlives every mapper, and what they leave behind. At the end of
   // a process it may be gone already: it answers so, and that is fine.
   range_ = std::shared_ptr<void>(
       reinterpret_cast<void*>(static_cast<uintptr_t>(base_)),
-      [&cuda = cuda_, device = device_.device, context = held, base = base_,
+      [&cuda = cuda_, device = device_.device, context = context_, base = base_,
        bytes = range_bytes()](void*) {
         {
           CurrentCudaContext current(cuda, context);
@@ -88,7 +80,7 @@ CudaMapper::~CudaMapper() {
     }
     fence_.Clear();
   }
-  cuda_.cuDevicePrimaryCtxRelease(device_.device);
+  if (range_ == nullptr) cuda_.cuDevicePrimaryCtxRelease(device_.device);
 }
 
 std::byte* CudaMapper::region(size_t handle_of_page) const {

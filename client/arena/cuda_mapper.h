@@ -107,7 +107,7 @@ class CudaMapper : public Mapper {
   const CudaFunctions& cuda_;
   const CudaDevice device_;
   cuda::CUcontext context_ = nullptr;
-  // Ends the reservation, and its own hold on the context.
+  // Ends the reservation and, from then on, the hold on the context.
   std::shared_ptr<void> range_;
   cuda::CUdeviceptr base_ = 0;
   std::vector<MappedHandle> handles_;
