@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from kvcached import _C
 
 _UNITS = {"bytes": 1, "kb": 1 << 10, "mb": 1 << 20, "gb": 1 << 30}
-_REASONS = {
+LIMIT_REASONS = {
     "deferred": "inuse_capacity_above_limit",
     "conflict": "revision_reused_with_different_limit",
 }
@@ -369,7 +369,7 @@ class KVCacheManager:
             "mapped_bytes": mapped,
             "remaining_bytes": None if effective is None else max(0, effective - mapped),
             "overage_bytes": 0 if effective is None else max(0, mapped - effective),
-            "reason": _REASONS.get(status, ""),
+            "reason": LIMIT_REASONS.get(status, ""),
         }
 
     def refusal_of_share(self, limit_bytes: int, revision: int) -> str | None:

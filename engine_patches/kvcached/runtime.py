@@ -478,6 +478,12 @@ class Runtime:
             get_kvcached_logger().warning(
                 "the name %s is taken; this instance is called %s", self.instance, session.instance
             )
+        if session.joined_pids and self._instance is None:
+            get_kvcached_logger().warning(
+                "instance %s is shared with process %s: one limit holds for all of them",
+                session.instance,
+                session.joined_pids,
+            )
         self._instance = session.instance
         return session
 
