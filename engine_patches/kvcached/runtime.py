@@ -30,7 +30,7 @@ import weakref
 from typing import TYPE_CHECKING, Any, Callable
 
 from kvcached import config, programs
-from kvcached.errors import ForkedError, KVCachedConfigError
+from kvcached.errors import ForkedError, KVCachedConfigError, KVCachePoolExhausted
 from kvcached.log import get_kvcached_logger
 from kvcached.tensors import PoolLayout, flat_bytes
 
@@ -415,7 +415,24 @@ class Runtime:
         check_manager_fits(group.group_id, group.layout, manager)
         group.paged = False
         group.set_blocks(manager.layout.block_bytes, manager.num_blocks, manager.reserve_null_block)
+        if manager.reserve_null_block:
+            self._back_null_block(group)
         manager.attach(group)
+
+    def _back_null_block(self, group: Group) -> None:
+        """Kernels may touch it before any block is taken."""
+        pool = group.pool
+
+        def backed() -> bool:
+            # The first page that comes is that of the null block.
+            blocks = pool.alloc(1)
+            if blocks is not None:
+                pool.free(blocks)
+            return pool.page_used(0) > 0
+
+        timeout_s = self.settings.ipc_timeout_s
+        if not _wait_until(backed, float("inf") if timeout_s is None else timeout_s):
+            raise KVCachePoolExhausted(1, f"for the null block within {timeout_s} seconds")
 
     def _open_session(self, group_id: int, layout: PoolLayout) -> _C.Session:
         from kvcached import _C
