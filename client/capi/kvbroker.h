@@ -321,6 +321,7 @@ void kvb_range_release(kvb_range* range) KVB_NOEXCEPT;
 /* A CUstream whose work touches the pool: no page is unmapped before what was
  * queued on it is done. To be removed before it is destroyed; NULL is the
  * default stream. Without effect on host memory. */
+#define KVB_ALL_STREAMS ((void*)-1) /* whatever runs in the primary context */
 void kvb_pool_add_stream(kvb_pool* pool, void* stream) KVB_NOEXCEPT;
 void kvb_pool_remove_stream(kvb_pool* pool, void* stream) KVB_NOEXCEPT;
 void kvb_pool_usage(kvb_pool* pool, kvb_usage* usage) KVB_NOEXCEPT;

@@ -92,6 +92,7 @@ bool Fill(PyObject* module) {
     long value;
   } numbers[] = {
       {"ABI_VERSION", kvb_abi_version()},
+      {"ALL_STREAMS", -1},
       {"NOW", 1},
       {"WAITING", KVB_WAITING},
       {"RUNNING", KVB_RUNNING},
