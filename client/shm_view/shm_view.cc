@@ -127,6 +127,7 @@ bool ShmView::UpToDate() const {
   for (const auto& [owner, own] : owners_) {
     if (!own.written) return false;
   }
+  if (found_) return false;
   absl::StatusOr<ViewFigures> now = file_->Read();
   if (!now.ok()) return false;
   const std::map<int, OwnerRecord> live = table_->Live();
@@ -193,7 +194,8 @@ absl::Status ShmView::BringUpToDate(Outcome& outcome) {
     if (status.ok()) {
       WriteRecords();
       status = OpenFile(Sum(table_->Live()));
-      if (status.ok() && file_->TryLock()) {
+      outcome.done = status.ok() && UpToDate();
+      if (status.ok() && !outcome.done && file_->TryLock()) {
         status = Reconcile(outcome);
         file_->Unlock();
       }
@@ -208,7 +210,8 @@ absl::Status ShmView::OpenFile(const ViewFigures& figures) {
   file_.reset();
   ASSIGN_OR_RETURN(ViewFile file,
                    ViewFile::Open(directory_.get(), name_, figures));
-  found_ = !file.made();
+  // One that takes the place of ours is a way to write.
+  found_ = !file.made() && file_number_ == 0;
   if (file.made()) table_->set_written_limit(figures.limit);
   file_.emplace(std::move(file));
   ++file_number_;

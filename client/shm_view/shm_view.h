@@ -119,7 +119,7 @@ class ShmView {
   std::optional<OwnerTable> table_;
   std::optional<ViewFile> file_;
   uint64_t file_number_ = 0;
-  bool found_ = false;  // the file was there, and has not been looked into
+  bool found_ = false;  // the file was there before us, and may be stale
   std::map<Owner, OwnOwner> owners_;
   Owner last_owner_ = 0;
   int64_t asking_until_ = 0;
