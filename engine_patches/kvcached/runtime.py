@@ -257,6 +257,13 @@ class Runtime:
             group.session.close()
         return True
 
+    def exit(self) -> None:
+        """As shutdown, at the interpreter's end."""
+        for manager in self.managers():
+            manager.end_quietly()
+        for group in self.groups():
+            group.session.close()
+
     def _check_fork(self) -> None:
         if self._forked:
             raise ForkedError()
@@ -598,4 +605,4 @@ def check_manager_fits(group_id: int, layout: PoolLayout, manager: KVCacheManage
 
 runtime = Runtime()
 os.register_at_fork(after_in_child=runtime.after_fork_in_child)
-atexit.register(runtime.shutdown)
+atexit.register(runtime.exit)

@@ -178,6 +178,12 @@ class Blocks(BrokerTest):
         owners: dict[int, int] = {}
         problems: list[str] = []
 
+        def give(who: int, gone: list[int]) -> None:
+            for block in gone:
+                if owners.pop(block) != who:
+                    problems.append(f"block {block} was taken twice")
+            mine.free(gone)
+
         def use(who: int) -> None:
             rng = random.Random(who)
             mine_now: list[int] = []
@@ -196,12 +202,9 @@ class Blocks(BrokerTest):
                 elif mine_now:
                     rng.shuffle(mine_now)
                     cut = rng.randrange(len(mine_now)) + 1
-                    gone, mine_now = mine_now[:cut], mine_now[cut:]
-                    for block in gone:
-                        if owners.pop(block) != who:
-                            problems.append(f"block {block} was taken twice")
-                    mine.free(gone)
-            mine.free(mine_now)
+                    give(who, mine_now[:cut])
+                    mine_now = mine_now[cut:]
+            give(who, mine_now)
 
         threads = [threading.Thread(target=use, args=(who,)) for who in range(4)]
         for thread in threads:
