@@ -273,9 +273,7 @@ class Tensors(Base):
             tensors = vllm.alloc_kv_cache(
                 shape, BLOCK, torch.float16, "cpu", LAYERS, group_id=group
             )
-            mine = vllm.get_kv_cache_manager(
-                None, BLOCK, HEADS * DIM * 2, LAYERS, group_id=group
-            )
+            mine = vllm.get_kv_cache_manager(None, BLOCK, HEADS * DIM * 2, LAYERS, group_id=group)
             blocks = take(mine, 3)
             for block in blocks:
                 fill(tensors[0][:, block], group * 100 + block)
