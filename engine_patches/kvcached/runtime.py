@@ -509,6 +509,9 @@ class Runtime:
                 session.joined_pids,
             )
         self._instance = session.instance
+        if session.device >= 0:
+            # Whoever knows which streams touch the pool names them instead.
+            session.pool(0).add_stream(_C.ALL_STREAMS)
         return session
 
     # ---- managers ----
