@@ -37,7 +37,8 @@ constexpr absl::Duration kTryAgain = absl::Milliseconds(10);
 constexpr absl::Duration kPause = absl::Milliseconds(5);
 // While something else has the view's name.
 constexpr absl::Duration kAfterProblem = absl::Seconds(1);
-// A view that somebody else has locked is waited for so long at its owner's start.
+// A view that somebody else has locked is waited for so long at its owner's
+// start.
 constexpr absl::Duration kFirstPass = absl::Milliseconds(200);
 constexpr absl::Duration kSameRemark = absl::Seconds(1);
 
@@ -168,9 +169,9 @@ class ViewKeeper {
 
   void Leave(const std::shared_ptr<Entry>& entry) {
     for (auto kept = kept_.begin(); kept != kept_.end(); ++kept) {
-      auto owner = std::find_if(
-          kept->owners.begin(), kept->owners.end(),
-          [&](const auto& one) { return one.second == entry; });
+      auto owner =
+          std::find_if(kept->owners.begin(), kept->owners.end(),
+                       [&](const auto& one) { return one.second == entry; });
       if (owner == kept->owners.end()) continue;
       kept->view.RemoveOwner(owner->first);
       kept->owners.erase(owner);
@@ -260,8 +261,8 @@ class ViewKeeper {
       return;
     }
     // What does not go away is said once.
-    const bool lasts = text == kept.last_remark &&
-                       now < kept.remarked_at + 2 * kAfterProblem;
+    const bool lasts =
+        text == kept.last_remark && now < kept.remarked_at + 2 * kAfterProblem;
     kept.last_remark = text;
     kept.remarked_at = now;
     if (lasts) return;

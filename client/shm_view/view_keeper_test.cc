@@ -178,9 +178,10 @@ TEST_F(ViewKeeperTest, ARefusedLimitIsWrittenBackAndSaid) {
   WriteLimit(50);
   EXPECT_TRUE(Eventually([&] { return !engine.remarks().empty(); }));
   EXPECT_TRUE(Shows({100, 20, 0}));
-  EXPECT_EQ(engine.remarks(),
-            std::vector<std::string>{absl::StrCat(
-                path(), ": the limit written to it is not set, 50: not yours")});
+  EXPECT_EQ(
+      engine.remarks(),
+      std::vector<std::string>{absl::StrCat(
+          path(), ": the limit written to it is not set, 50: not yours")});
 }
 
 TEST_F(ViewKeeperTest, AnAbsurdLimitIsWrittenBackAndSaid) {
@@ -238,8 +239,8 @@ TEST_F(ViewKeeperTest, ALimitIsSetOnEachDevice) {
   std::unique_ptr<KeptView> kept_first = Keep(first, "llama", "GPU-1");
   std::unique_ptr<KeptView> kept_second = Keep(second, "llama", "GPU-2");
   WriteLimit(60);
-  EXPECT_TRUE(Eventually(
-      [&] { return first.limit() == 60 && second.limit() == 60; }));
+  EXPECT_TRUE(
+      Eventually([&] { return first.limit() == 60 && second.limit() == 60; }));
 }
 
 TEST_F(ViewKeeperTest, OneThreadThatIsGoneWithTheLastView) {
