@@ -89,6 +89,10 @@ absl::Status SetOwnMax(Session& session, const BrokerAddress& broker, Bytes max,
     }
     answer = client->SetPolicy(request);
   }
+  if (absl::IsNotFound(answer.status()) && !session.health().ok()) {
+    return absl::UnavailableError(
+        "the session has not come back to its broker yet");
+  }
   RETURN_IF_ERROR(answer.status());
   // If it does not hear of it, somebody has set another one, or its broker
   // went.

@@ -37,7 +37,8 @@ struct ViewOwner {
   // As of now. Often called: cheap, and waits for nobody.
   std::function<ViewFigures()> figures;
   // Somebody wrote this limit. In force, and in `figures`, when it returns OK;
-  // else `figures` has the limit that stays.
+  // else `figures` has the limit that stays. UNAVAILABLE is asked again for a
+  // few seconds: a broker may be in the middle of a restart.
   std::function<absl::Status(Bytes)> set_limit;
   // Something for a log: a limit that was refused, why there is no view.
   std::function<void(const std::string&)> remark;
