@@ -21,6 +21,7 @@
 #define KVBROKER_CLIENT_ARENA_MAPPER_H_
 
 #include <cstddef>
+#include <memory>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -54,6 +55,12 @@ class Mapper {
   // whether this process can read it depends on the kind of memory.
   virtual std::byte* region(size_t handle_of_page) const = 0;
 
+  // Who holds it keeps the addresses of all regions from being anybody else's,
+  // also past the end of the mapper: host memory reads as zeros then, and what is
+  // written there is lost; a GPU's must not be touched. Null where the mapper
+  // maps nothing. From Begin on, any thread.
+  virtual std::shared_ptr<void> range() const { return nullptr; }
+
   // Guard mode from now on, for the contiguous layout. It costs the device's
   // memory of one handle, charged to this process; a mapping for each slot now;
   // and with each Map and Unmap a mapping more. Between the two the slot has
@@ -66,8 +73,9 @@ class Mapper {
   }
 
   // A stream (a CUstream) whose work touches the pool: Unmap waits for what was
-  // queued on it before. To be removed before it is destroyed. Any thread. Does
-  // nothing where memory has no streams.
+  // queued on it before. To be removed before it is destroyed. The value of -1
+  // (kAllStreams) stands for all there are. Any thread. Does nothing where memory
+  // has no streams.
   virtual void AddStream(void* /*stream*/) {}
   virtual void RemoveStream(void* /*stream*/) {}
 };

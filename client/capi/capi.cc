@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
@@ -17,13 +18,20 @@
 #include "absl/strings/str_join.h"
 #include "absl/types/span.h"
 #include "broker/base/status_macros.h"
+#include "broker/device/cuda/probe.h"
 #include "client/address/broker_address.h"
 #include "client/address/broker_starter.h"
+#include "client/arena/cuda_driver.h"
+#include "client/arena/make_mapper.h"
+#include "client/capi/admin.h"
 #include "client/capi/kvbroker.h"
 #include "client/session/open_session.h"
+#include "client/shm_view/view_keeper.h"
 
 using kvbroker::Bytes;
 using kvbroker::client::BlockRemoval;
+using kvbroker::client::BrokerAddress;
+using kvbroker::client::KeptView;
 using kvbroker::client::Pool;
 using kvbroker::client::PoolOptions;
 using kvbroker::client::PoolUsage;
@@ -36,6 +44,7 @@ struct kvb_session_options {
   std::string gpu;
   std::string kvbrokerd;
   int name_conflict = KVB_JOIN;
+  std::string view_directory;  // empty: no view
 };
 
 struct kvb_session {
@@ -43,6 +52,13 @@ struct kvb_session {
   std::string instance;
   std::string joined_pids;
   pid_t owner = 0;
+  int device = -1;
+  BrokerAddress broker;
+  std::unique_ptr<KeptView> view;  // last: goes first
+};
+
+struct kvb_range {
+  std::shared_ptr<void> kept;
 };
 
 // kvb_pool is a client::Pool by another name: nothing of its own to keep.
@@ -170,6 +186,8 @@ absl::StatusOr<PoolOptions> FromC(const kvb_pool_options* given) {
   options.reserve_null_block = pool.reserve_null_block != 0;
   options.map_ahead = pool.map_ahead != 0;
   options.guard = pool.guard != 0;
+  options.max_blocks = pool.max_blocks;
+  options.grow_when_polled = pool.grow_when_polled != 0;
   options.min_reserved_pages = pool.min_reserved_pages;
   if (pool.max_reserved_pages >= 0) {
     options.max_reserved_pages = pool.max_reserved_pages;
@@ -216,8 +234,18 @@ absl::StatusOr<std::string> ProgramToStart(const kvb_session_options& options) {
   return allowed ? options.kvbrokerd : std::string();
 }
 
+// The GPU's ordinal in this process; -1 where the broker lends host memory.
+absl::StatusOr<int> OrdinalOf(const BrokerAddress& broker) {
+  if (!kvbroker::client::IsGpu(broker.device_uuid)) return -1;
+  ASSIGN_OR_RETURN(const kvbroker::CudaDriver* driver,
+                   kvbroker::client::LoadedCudaDriver());
+  ASSIGN_OR_RETURN(kvbroker::CudaDevice device,
+                   kvbroker::FindDevice(*driver, broker.device_uuid));
+  return device.index;
+}
+
 // gRPC's threads do not survive a fork, and the child hangs where it waits for
-// them. The process that opened the first session:
+// them. The process that opened the first session, or asked a broker first:
 std::atomic<pid_t> opener = 0;
 
 absl::Status CheckNotForked() {
@@ -227,18 +255,126 @@ absl::Status CheckNotForked() {
     return absl::OkStatus();
   }
   return absl::FailedPreconditionError(absl::StrCat(
-      "this process was forked after its parent had opened a session: fork "
+      "this process was forked after its parent had spoken with a broker: fork "
       "earlier, or spawn it; parent: ",
       none));
 }
 
+// How long the broker may take over kvb_session_set_max.
+constexpr absl::Duration kSetMax = absl::Seconds(10);
+// A limit that somebody wrote into a view does not hold up the process's other
+// views for longer.
+constexpr absl::Duration kSetLimit = absl::Seconds(2);
+
+// Keeps the session's view. An engine runs without one where it cannot be.
+void KeepSessionView(const std::string& directory, kvb_session& session) {
+  kvbroker::client::ViewOwner owner;
+  owner.device = session.broker.device_uuid;
+  owner.figures = [&raw = *session.session] {
+    kvbroker::client::ViewFigures figures;
+    figures.limit = raw.opened().max.count();
+    // A page with the null block counts as used; all others are given back when
+    // somebody needs them, so that none is preallocated.
+    for (size_t i = 0; i < raw.pool_count(); ++i) {
+      figures.used += raw.pool(i).usage().in_use.count();
+    }
+    return figures;
+  };
+  owner.set_limit = [&raw = *session.session,
+                     broker = session.broker](Bytes limit) {
+    return kvbroker::client::SetOwnMax(raw, broker, limit, kSetLimit);
+  };
+  owner.remark = [](const std::string& text) {
+    std::fprintf(stderr, "kvbroker: %s\n", text.c_str());
+  };
+  auto view = kvbroker::client::KeepView(directory, session.instance,
+                                         std::move(owner));
+  if (view.ok()) {
+    session.view = *std::move(view);
+  } else {
+    std::fprintf(stderr, "kvbroker: no view of %s: %s\n",
+                 session.instance.c_str(),
+                 std::string(view.status().message()).c_str());
+  }
+}
+
+// Where nobody is asked, a process may still be forked that does.
+absl::Status CheckMayAsk(const kvbroker::client::AddressOptions& where) {
+  RETURN_IF_ERROR(kvbroker::client::FindBrokers(where).status());
+  return CheckNotForked();
+}
+
+// What brokers say, for programs; NULL stays where nobody has said anything.
+using Question = absl::StatusOr<kvbroker::client::AdminAnswer> (*)(
+    const kvbroker::client::AddressOptions& where, absl::Duration timeout);
+absl::Status AskBrokers(Question question, const char* address, const char* gpu,
+                        int64_t timeout_ms, char** json) {
+  const auto where = kvbroker::client::WhereBrokersAre(address, gpu);
+  RETURN_IF_ERROR(CheckMayAsk(where));
+  ASSIGN_OR_RETURN(auto answer, question(where, FromMillis(timeout_ms)));
+  *json = strdup(answer.json.c_str());
+  return answer.missing;
+}
+
+absl::StatusOr<kvbroker::cli::PolicyChange> FromC(const char* name,
+                                                  const kvb_policy* given) {
+  if (given->size > sizeof(kvb_policy)) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        "policy: the program was built for a newer libkvbroker; size is ",
+        given->size, ", the library knows ", sizeof(kvb_policy)));
+  }
+  kvb_policy policy = {};
+  std::memcpy(&policy, given, given->size);
+  constexpr uint32_t kAll = KVB_POLICY_MIN | KVB_POLICY_MAX |
+                            KVB_POLICY_MAX_PERCENT | KVB_POLICY_WEIGHT;
+  if (policy.fields == 0 || (policy.fields & ~kAll) != 0) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "policy: fields must be one or more of KVB_POLICY_*; got ",
+        policy.fields));
+  }
+  if ((policy.fields & KVB_POLICY_MAX) != 0 &&
+      (policy.fields & KVB_POLICY_MAX_PERCENT) != 0) {
+    return absl::InvalidArgumentError(
+        "policy: max_bytes or max_percent, not both");
+  }
+  kvbroker::cli::PolicyChange change;
+  change.name = name;
+  if (policy.tenant != nullptr) change.tenant = policy.tenant;
+  change.preset = policy.preset != 0;
+  if (policy.fields & KVB_POLICY_MIN) change.min = ToBytes(policy.min_bytes);
+  if (policy.fields & KVB_POLICY_MAX) change.max = ToBytes(policy.max_bytes);
+  if (policy.fields & KVB_POLICY_MAX_PERCENT) {
+    if (!(policy.max_percent >= 0 && policy.max_percent <= 100)) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("policy: max_percent must be from 0 to 100; got ",
+                       policy.max_percent));
+    }
+    change.max = kvbroker::cli::Percent{policy.max_percent};
+  }
+  if (policy.fields & KVB_POLICY_WEIGHT) change.weight = policy.weight;
+  return change;
+}
+
 }  // namespace
+
+static_assert(KVB_BLOCK_UNBACKED ==
+              static_cast<int>(kvbroker::client::BlockState::kUnbacked));
+static_assert(KVB_BLOCK_FREE ==
+              static_cast<int>(kvbroker::client::BlockState::kFree));
+static_assert(KVB_BLOCK_USED ==
+              static_cast<int>(kvbroker::client::BlockState::kUsed));
+static_assert(KVB_BLOCK_CACHED ==
+              static_cast<int>(kvbroker::client::BlockState::kCached));
+static_assert(KVB_BLOCK_RESERVED ==
+              static_cast<int>(kvbroker::client::BlockState::kReserved));
 
 extern "C" {
 
 int kvb_abi_version(void) noexcept { return KVB_ABI_VERSION; }
 
 void kvb_error_free(char* error) noexcept { std::free(error); }
+
+void kvb_text_free(char* text) noexcept { std::free(text); }
 
 // ---- options ----
 
@@ -339,6 +475,11 @@ void kvb_session_options_set_on_fenced(kvb_session_options* options,
   };
 }
 
+void kvb_session_options_set_shm_view(kvb_session_options* options,
+                                      const char* directory) noexcept {
+  options->view_directory = directory == nullptr ? "" : directory;
+}
+
 kvb_code kvb_session_options_add_pool(kvb_session_options* options,
                                       const kvb_pool_options* pool,
                                       char** error) noexcept {
@@ -376,7 +517,12 @@ kvb_code kvb_session_open(const kvb_session_options* options,
     const kvbroker::Opened answer = opened->session->opened();
     opened->instance = answer.instance;
     opened->joined_pids = absl::StrJoin(answer.joined_pids, ",");
+    ASSIGN_OR_RETURN(opened->device, OrdinalOf(found->broker));
     opened->owner = getpid();
+    opened->broker = std::move(found->broker);
+    if (!options->view_directory.empty()) {
+      KeepSessionView(options->view_directory, *opened);
+    }
     *session = opened.release();
     return absl::OkStatus();
   });
@@ -418,12 +564,80 @@ kvb_code kvb_session_make_room(kvb_session* session, uint64_t declared_peak,
   });
 }
 
+kvb_code kvb_session_set_max(kvb_session* session, uint64_t bytes,
+                             char** error) noexcept {
+  return Guarded(error, [&]() -> absl::Status {
+    RETURN_IF_ERROR(CheckNotForked());
+    return kvbroker::client::SetOwnMax(*session->session, session->broker,
+                                       ToBytes(bytes), kSetMax);
+  });
+}
+
 kvb_pool* kvb_session_pool(kvb_session* session, size_t index) noexcept {
   if (index >= session->session->pool_count()) return nullptr;
   return reinterpret_cast<kvb_pool*>(&session->session->pool(index));
 }
 
+int kvb_session_device(const kvb_session* session) noexcept {
+  return session->device;
+}
+
+kvb_code kvb_gpu_uuid(int ordinal, char** uuid, char** error) noexcept {
+  return Guarded(error, [&]() -> absl::Status {
+    ASSIGN_OR_RETURN(const kvbroker::CudaDriver* driver,
+                     kvbroker::client::LoadedCudaDriver());
+    ASSIGN_OR_RETURN(kvbroker::CudaDevice device,
+                     kvbroker::FindDevice(*driver, absl::StrCat(ordinal)));
+    *uuid = strdup(device.uuid.c_str());
+    return absl::OkStatus();
+  });
+}
+
 // ---- blocks ----
+
+int kvb_pool_try_alloc(kvb_pool* pool, size_t count, int32_t* blocks) noexcept {
+  return Unwrap(pool).TryAlloc(absl::MakeSpan(blocks, count));
+}
+
+kvb_code kvb_pool_alloc_at(kvb_pool* pool, const int32_t* blocks, size_t count,
+                           int64_t timeout_ms, int* taken,
+                           char** error) noexcept {
+  return Guarded(error, [&]() -> absl::Status {
+    ASSIGN_OR_RETURN(const bool took,
+                     Unwrap(pool).AllocAt(absl::MakeConstSpan(blocks, count),
+                                          FromMillis(timeout_ms)));
+    *taken = took;
+    return absl::OkStatus();
+  });
+}
+
+kvb_code kvb_pool_set_blocks(kvb_pool* pool, uint64_t block_bytes,
+                             uint32_t max_blocks, int reserve_null_block,
+                             char** error) noexcept {
+  return Guarded(error, [&] {
+    return Unwrap(pool).SetBlocks(ToBytes(block_bytes), max_blocks,
+                                  reserve_null_block != 0);
+  });
+}
+
+int kvb_pool_block_state(kvb_pool* pool, int32_t block) noexcept {
+  return static_cast<int>(Unwrap(pool).block_state(block));
+}
+
+size_t kvb_pool_page_used(kvb_pool* pool, uint32_t page) noexcept {
+  return Unwrap(pool).page_used_blocks(kvbroker::PageIndex(page));
+}
+
+size_t kvb_pool_used_blocks(kvb_pool* pool, int32_t* blocks,
+                            size_t count) noexcept {
+  const std::vector<int32_t> used = Unwrap(pool).UsedBlocks();
+  std::copy_n(used.begin(), std::min(count, used.size()), blocks);
+  return used.size();
+}
+
+uint64_t kvb_pool_trim(kvb_pool* pool) noexcept {
+  return static_cast<uint64_t>(Unwrap(pool).Trim());
+}
 
 int kvb_pool_alloc(kvb_pool* pool, size_t count, int urgency,
                    int32_t* blocks) noexcept {
@@ -454,11 +668,7 @@ int kvb_pool_touch(kvb_pool* pool, const int32_t* blocks,
 }
 
 uint32_t kvb_pool_generation(kvb_pool* pool, int32_t block) noexcept {
-  const PoolOptions& options = Unwrap(pool).options();
-  const int64_t blocks =
-      options.geometry.page_bytes() * options.geometry.max_pages /
-      options.block_bytes;
-  return block < 0 || block >= blocks ? 0 : Unwrap(pool).generation(block);
+  return Unwrap(pool).generation(block);
 }
 
 size_t kvb_pool_drain_removals(kvb_pool* pool, kvb_removal* removals,
@@ -516,6 +726,17 @@ void* kvb_pool_region(kvb_pool* pool, size_t handle_of_page) noexcept {
   return Unwrap(pool).mapper().region(handle_of_page);
 }
 
+uint64_t kvb_pool_region_bytes(kvb_pool* pool) noexcept {
+  const kvbroker::PoolGeometry& geometry = Unwrap(pool).options().geometry;
+  return Count(geometry.handle_bytes * geometry.max_pages);
+}
+
+kvb_range* kvb_pool_retain_range(kvb_pool* pool) noexcept {
+  return new kvb_range{Unwrap(pool).mapper().range()};
+}
+
+void kvb_range_release(kvb_range* range) noexcept { delete range; }
+
 void kvb_pool_add_stream(kvb_pool* pool, void* stream) noexcept {
   Unwrap(pool).mapper().AddStream(stream);
 }
@@ -531,6 +752,38 @@ void kvb_pool_usage(kvb_pool* pool, kvb_usage* usage) noexcept {
                .idle_bytes = Count(now.idle),
                .arriving_bytes = Count(now.arriving),
                .waiting_bytes = Count(now.waiting)});
+}
+
+// ---- as an operator ----
+
+kvb_code kvb_list_instances(const char* address, const char* gpu,
+                            int64_t timeout_ms, char** json,
+                            char** error) noexcept {
+  return Guarded(error, [&] {
+    return AskBrokers(kvbroker::client::ListInstances, address, gpu, timeout_ms,
+                      json);
+  });
+}
+
+kvb_code kvb_list_brokers(const char* address, const char* gpu,
+                          int64_t timeout_ms, char** json,
+                          char** error) noexcept {
+  return Guarded(error, [&] {
+    return AskBrokers(kvbroker::client::ListBrokers, address, gpu, timeout_ms,
+                      json);
+  });
+}
+
+kvb_code kvb_set_policy(const char* address, const char* gpu, const char* name,
+                        const kvb_policy* policy, int64_t timeout_ms,
+                        char** error) noexcept {
+  return Guarded(error, [&]() -> absl::Status {
+    ASSIGN_OR_RETURN(kvbroker::cli::PolicyChange change, FromC(name, policy));
+    const auto where = kvbroker::client::WhereBrokersAre(address, gpu);
+    RETURN_IF_ERROR(CheckMayAsk(where));
+    return kvbroker::client::ChangePolicy(where, change,
+                                          FromMillis(timeout_ms));
+  });
 }
 
 }  // extern "C"

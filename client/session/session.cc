@@ -180,6 +180,15 @@ Opened Session::opened() {
   return opened_.value_or(Opened{});
 }
 
+bool Session::AwaitMax(Bytes max, absl::Duration timeout) {
+  const absl::Time give_up = absl::Now() + timeout;
+  MutexLock lock(&mu_);
+  while (!closing_ && opened_ && opened_->max != max) {
+    if (changed_.WaitWithDeadline(&mu_, give_up)) break;
+  }
+  return opened_ && opened_->max == max;
+}
+
 absl::Status Session::health() {
   for (const std::unique_ptr<Pool>& pool : pools_) {
     absl::Status of_pool = pool->health();
@@ -453,6 +462,7 @@ void Session::Process(BrokerMessage message) {
           opened_->min = limits->min;
           opened_->max = limits->max;
           opened_->limit_revision = limits->revision;
+          changed_.SignalAll();
         }
       }
       for (auto& pool : pools_) pool->OnLimits(limits->max);
@@ -489,11 +499,13 @@ void Session::Process(const Opened& opened) {
   }
   if (!resumes) {
     for (auto& pool : pools_) {
-      const Bytes page = pool->options().geometry.page_bytes();
-      const Bytes block = pool->options().block_bytes;
+      const BlockGeometry blocks = pool->block_geometry();
+      const Bytes page = blocks.page_bytes;
+      const Bytes block = blocks.block_bytes;
       // Where the broker chooses places, it may choose such a page for ever.
       if (!opened.slab.empty() && page.count() % block.count() != 0 &&
-          block * 2 > page) {
+          (block * 2 > page ||
+           blocks.BlocksOn(PageIndex(blocks.max_pages - 1)) == 0)) {
         return LeaveAlone(absl::InvalidArgumentError(absl::StrCat(
             "in a slab (", opened.backend,
             ") each page has to hold a whole block: make pages a multiple of the "

@@ -16,6 +16,8 @@ ABI_VERSION: int
 VERSION: str
 FOREVER: int
 
+ALL_STREAMS: int
+
 # Urgencies of Pool.alloc.
 NOW: int  # only what is mapped; a miss leaves nothing behind
 WAITING: int  # a miss returns at once and is pursued for a second
@@ -95,6 +97,9 @@ class Session:
     def instance(self) -> str:
         """The name in force; differs from the wish where that was taken."""
     @property
+    def joined_pids(self) -> str:
+        """Other processes that had the name already, with commas; "" for none."""
+    @property
     def device(self) -> int:
         """The CUDA ordinal in this process of the GPU whose memory it is; -1: host."""
     @property
@@ -108,7 +113,8 @@ class Session:
         """An operator's limit for the whole instance; in force when it returns."""
     def make_room(self, declared_peak: int, timeout_ms: int) -> None: ...
     def close(self) -> None:
-        """Idempotent. Waits up to a second for work that keeps pages."""
+        """Idempotent. Waits for calls in other threads, and up to a second for
+        work that keeps pages."""
 
 class Pool:
     """One KV pool. Any thread; of a closed session every call raises Error."""
@@ -160,7 +166,11 @@ class Pool:
     def usage(self) -> Tuple[int, int, int, int, int]:
         """Bytes of pages: in use, cached, idle, arriving, wished for."""
     def add_stream(self, stream: int) -> None:
-        """A cudaStream_t whose work touches the pool."""
+        """A cudaStream_t whose work touches the pool, or ALL_STREAMS.
+
+        No page is unmapped before what was queued on it is done. To be removed before
+        it is destroyed; 0 is the default stream. Nothing on host memory.
+        """
     def remove_stream(self, stream: int) -> None: ...
     @property
     def regions(self) -> int:
