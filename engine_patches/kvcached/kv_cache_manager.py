@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from kvcached.log import get_kvcached_logger
@@ -94,9 +94,9 @@ class KVCacheManager:
         self._group: Group | None = None
         self._ended: RuntimeError | None = None
         # What alloc, free and available_size call; the pool's own once it is open.
-        self._take: Any = self._first_take
-        self._give: Any = self._first_give
-        self._available: Any = self._first_available
+        self._take: Callable[[int, int], list[int] | None] = self._first_take
+        self._give: Callable[[Sequence[int]], None] = self._first_give
+        self._available: Callable[[], int] = self._first_available
         self._running = 0
         runtime.add_manager(self)
 
@@ -128,7 +128,8 @@ class KVCacheManager:
 
     def end_quietly(self) -> None:
         """For the runtime: the interpreter ends. Daemon threads find no blocks any more."""
-        self._take = self._give = lambda *_: None
+        self._take = lambda *_: None
+        self._give = lambda *_: None
         self._available = lambda: 0
 
     @property
