@@ -185,7 +185,6 @@ class Runtime:
         self.is_worker = False
         self.async_sched = False
         self.sleeping = False
-        self.memory_limit_revision = -1
         self._settings: config.Settings | None = None
         self._device: str | None = None
         self._page_bytes = 0
@@ -547,15 +546,15 @@ class Runtime:
     def set_group_limit(self, group: Group, limit: int) -> None:
         """Limits the instance to this and what its other groups may have. Bytes."""
         with self._lock:
-            group.limit = limit
-            groups = list(self._groups.values())
-            total = sum(
-                other.layout.pages * other.layout.page_total_bytes
-                if other.limit is None
-                else other.limit
-                for other in groups
-            )
+            others = [other for other in self._groups.values() if other is not group]
+        total = limit + sum(
+            other.layout.pages * other.layout.page_total_bytes
+            if other.limit is None
+            else other.limit
+            for other in others
+        )
         group.session.set_max(total)
+        group.limit = limit
 
     def set_instance_limit(self, limit: int) -> None:
         """Of all groups together, in bytes, exactly. Raises KVCachedConfigError without a pool."""
