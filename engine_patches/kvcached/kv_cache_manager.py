@@ -154,10 +154,11 @@ class KVCacheManager:
         """The native pool, opened where it is not yet: more than this class has."""
         return self.group.pool
 
-    def _take(self, count: int, _: int) -> list[int] | None:
-        return self.pool.alloc(count, self._running)
+    def _take(self, count: int, _urgency: int, /) -> list[int] | None:
+        pool = self.pool
+        return pool.alloc(count, self._running)
 
-    def _give(self, blocks: Sequence[int]) -> None:
+    def _give(self, blocks: Sequence[int], /) -> None:
         self.pool.free(blocks)
 
     def _available(self) -> int:

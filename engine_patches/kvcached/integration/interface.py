@@ -57,7 +57,7 @@ def make(shape: KVShape, dtype: torch.dtype, device: object, group_id: int) -> M
     """Opens the group's pool where it is not open yet, and makes the tensors."""
     runtime.use_device(device)
     layout = shape.layout(runtime.page_bytes, runtime.contiguous)
-    group = runtime.open_for_tensors(group_id, layout, shape.itemsize)
+    group = runtime.open_for_tensors(group_id, layout)
     flat = group.flat()
     return Made(group, flat, make_tensors(flat, dtype, shape.views(group.layout)))
 
