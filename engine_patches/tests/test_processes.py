@@ -163,6 +163,23 @@ class End(Processes):
             )
             self.assertEqual(out, "test\n")
 
+    def test_a_limit_outlives_its_process(self) -> None:
+        program = """
+            mine = KVCacheManager(1000, 16, CELL, 2)
+            before = mine.group.session.limits()[1]
+            {do}
+            print(before, mine.group.session.limits()[1])
+            """
+        page = 2 << 22
+        out = self.run_program(program.format(do=f"mine.set_memory_limit(3 * {page}, revision=1)"))
+        self.assertEqual(out.split()[1], str(3 * page))
+        out = self.run_program(
+            program.format(do="assert mine.alloc(25) is None"), KVBROKER_LIMIT="1G"
+        )
+        self.assertEqual(out.split(), [str(3 * page)] * 2)
+        self.broker.kvctl("limit", "test", str(2 * page))
+        self.assertEqual(self.run_program(program.format(do="")).split(), [str(2 * page)] * 2)
+
     def test_default_names_are_told_apart(self) -> None:
         programs = [
             start(
