@@ -26,7 +26,8 @@ STAGE=$(mktemp -d /tmp/kvcached_tests.XXXXXX)
 trap 'rm -rf "$STAGE"' EXIT
 mkdir "$STAGE/kvcached" "$STAGE/bin"
 ln -s "$ROOT"/engine_patches/kvcached/* "$STAGE/kvcached/"
-for file in engine_patches/native/_C.abi3.so broker/server/kvbrokerd client/cli/kvctl; do
+for file in engine_patches/native/_C.abi3.so broker/server/kvbrokerd client/cli/kvctl \
+  tests/fake_cuda/libfake_cuda.so; do
   [ -e "$ROOT/bazel-bin/$file" ] || {
     echo "not built: bazel build //${file%/*}:${file##*/}" >&2
     exit 1
@@ -36,6 +37,7 @@ ln -sf "$ROOT/bazel-bin/engine_patches/native/_C.abi3.so" "$STAGE/kvcached/"
 ln -s "$ROOT"/bazel-bin/{broker/server/kvbrokerd,client/cli/kvctl} "$STAGE/bin/"
 
 cd "$ROOT/engine_patches/tests"
+export KVBROKER_FAKE_CUDA=$ROOT/bazel-bin/tests/fake_cuda/libfake_cuda.so
 export KVBROKER_BIN_DIR=$STAGE/bin PYTHONPATH=$STAGE:$PWD PYTHONDONTWRITEBYTECODE=1
 if [ "$KIND" = bench ]; then
   "$PYTHON" bench.py
