@@ -210,6 +210,30 @@ TEST_F(FindBrokersTest, SelectsByUuidPrefixOrIndex) {
   }
 }
 
+TEST_F(FindBrokersTest, TellsGpusFromTheHost) {
+  MakeSocket(user_, "GPU-0a");
+  MakeSocket(user_, "GPU-0b");
+  MakeSocket(user_, "HOST-1");
+  options_.backend = "host";
+  EXPECT_EQ(FoundUuids(), Uuids{"HOST-1"});
+  options_.address = user_;
+  EXPECT_EQ(FoundUuids(), Uuids{"HOST-1"});
+  for (const char* backend : {"cuda", "cuda_ipc"}) {
+    options_.backend = backend;
+    EXPECT_EQ(FoundUuids(), (Uuids{"GPU-0a", "GPU-0b"}));
+  }
+  options_.gpu = "1";
+  EXPECT_EQ(FoundUuids(), Uuids{"GPU-0b"});
+}
+
+TEST_F(FindBrokersTest, NoneOfTheKindIsNotFoundUnlessItWasNamed) {
+  MakeSocket(user_, "GPU-0a");
+  options_.backend = "host";
+  ExpectFailure(absl::StatusCode::kNotFound, "host memory: there are GPU-0a");
+  options_.address = user_;
+  EXPECT_EQ(FoundUuids(), Uuids{"GPU-0a"});
+}
+
 TEST_F(FindBrokersTest, RefusesAGpuThatIsUnknownOrNotUnique) {
   MakeSocket(system_, "GPU-0a");
   MakeSocket(system_, "GPU-0b");
