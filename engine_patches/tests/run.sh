@@ -4,8 +4,8 @@
 #   engine_patches/tests/run.sh [--torch | --bench] [--python PYTHON] [TEST...]
 #
 # --torch: those that need torch, instead of the others. --bench: prints what calls
-# cost, and tests nothing. TEST: a module, class or
-# method, such as test_manager or test_torch_layouts.Layouts.test_mla.
+# cost, and tests nothing. TEST: a module, class or method, such as test_manager or
+# test_manager.Limits.test_revisions.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "$0")/../.." && pwd)

@@ -103,6 +103,15 @@ class Devices(unittest.TestCase):
         runtime.init(device="cpu")
         self.assertEqual(runtime.use_device(None), "cpu")
 
+    def test_one_page_size_a_process(self) -> None:
+        self.addCleanup(runtime.shutdown)
+        runtime.init(device="cpu", page_bytes=4 * MIB)
+        runtime.init(page_bytes=4 * MIB)
+        runtime.init()
+        self.assertEqual(runtime.page_bytes, 4 * MIB)
+        with self.assertRaises(ValueError):
+            runtime.init(page_bytes=2 * MIB)
+
     def test_a_later_call_may_raise_the_role(self) -> None:
         self.addCleanup(runtime.shutdown)
         runtime.init(device="cpu")
