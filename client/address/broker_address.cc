@@ -221,7 +221,10 @@ std::string SystemSocketDirectory() { return "/run/kvbroker"; }
 
 std::string UserSocketDirectory(EnvironmentLookup environment) {
   const char* runtime = environment("XDG_RUNTIME_DIR");
-  if (runtime != nullptr && *runtime != '\0') {
+  struct stat info;
+  // Containers inherit the variable, and not the directory.
+  if (runtime != nullptr && stat(runtime, &info) == 0 &&
+      S_ISDIR(info.st_mode)) {
     return InDirectory(runtime, "kvbroker");
   }
   return absl::StrCat("/tmp/kvbroker-", geteuid());

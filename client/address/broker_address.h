@@ -45,8 +45,8 @@ using EnvironmentLookup = absl::FunctionRef<const char*(const char*)>;
 // Where a broker that runs as a service puts its sockets.
 std::string SystemSocketDirectory();
 
-// Where a broker that this user started puts them: `$XDG_RUNTIME_DIR/kvbroker`,
-// else `/tmp/kvbroker-<uid>`.
+// Where a broker that this user started puts them: `$XDG_RUNTIME_DIR/kvbroker`
+// where there is that directory, else `/tmp/kvbroker-<uid>`.
 std::string UserSocketDirectory(EnvironmentLookup environment);
 
 // Whether the device is called as GPUs are (GPU-...).

@@ -88,8 +88,11 @@ TEST(UserSocketDirectoryTest, PrefersTheRuntimeDirectory) {
   environment["XDG_RUNTIME_DIR"] = "";
   EXPECT_EQ(UserSocketDirectory(lookup),
             absl::StrCat("/tmp/kvbroker-", geteuid()));
-  environment["XDG_RUNTIME_DIR"] = "/run/user/7";
-  EXPECT_EQ(UserSocketDirectory(lookup), "/run/user/7/kvbroker");
+  environment["XDG_RUNTIME_DIR"] = "/no/such/directory";
+  EXPECT_EQ(UserSocketDirectory(lookup),
+            absl::StrCat("/tmp/kvbroker-", geteuid()));
+  environment["XDG_RUNTIME_DIR"] = "/tmp";
+  EXPECT_EQ(UserSocketDirectory(lookup), "/tmp/kvbroker");
 }
 
 TEST(AddressForTest, NamesBothSockets) {

@@ -137,7 +137,7 @@ class Opening {
     absl::Status started = starter_->Step();
     again_ = started.ok() || absl::IsUnavailable(started) ||
              absl::IsAlreadyExists(started);
-    if (started.ok()) return absl::UnavailableError("the broker is starting");
+    if (started.ok()) return Attempt();  // at once: it may be in a hurry to leave
     if (absl::IsAlreadyExists(started)) {
       return OpenWithHolder(std::move(started));
     }
