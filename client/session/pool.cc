@@ -789,7 +789,7 @@ absl::Time Pool::Work() {
   return std::min(due, SendReport(now));
 }
 
-std::vector<PageName> Pool::GiveUp(absl::Span<const PageIndex> pages) {
+std::vector<PageName> Pool::Unmap(absl::Span<const PageIndex> pages) {
   std::vector<PageName> gone;
   for (PageIndex page : pages) {
     absl::Status unmapped = mapper_->Unmap(page);
@@ -797,14 +797,19 @@ std::vector<PageName> Pool::GiveUp(absl::Span<const PageIndex> pages) {
     Heed(unmapped);
     if (unmapped.ok()) {
       gone.push_back({page, table_.page_generation(page)});
-      KVB_CHECK(table_.Returned(page).ok());
     } else {
       KVB_CHECK(table_.KeepBacked(page).ok());
     }
-    // AllocAt wants that very page.
-    if (missing_ > 0) memory_came_.SignalAll();
   }
   return gone;
+}
+
+void Pool::MarkReturned(absl::Span<const PageName> pages) {
+  for (const PageName& page : pages) {
+    KVB_CHECK(table_.Returned(page.index).ok());
+  }
+  // AllocAt wants that very page.
+  if (missing_ > 0) memory_came_.SignalAll();
 }
 
 absl::Time Pool::ObeyOrder(absl::Time now) {
@@ -846,12 +851,12 @@ absl::Time Pool::ObeyOrder(absl::Time now) {
       vacated = table_.Vacate(left - vacating);
     }
   }
-  answer.given = GiveUp(pages);
+  answer.given = Unmap(pages);
   const bool unmapped_all = answer.given.size() == pages.size();
   absl::Time again;
-  bool send;
   {
     MutexLock lock(&mu_);
+    MarkReturned(answer.given);
     again = now + UnmapPause();
     const bool poisoned = IsPoisoned(device_error_);
     answer.kept = std::max<PageCount>(held_pages() - order_->hold_at_most, 0);
@@ -871,7 +876,8 @@ absl::Time Pool::ObeyOrder(absl::Time now) {
                       : later > 0 ? "step running"
                                   : "in use";
     }
-    send = !answer.given.empty() || answer.final || !order_answered_;
+    const bool send =
+        !answer.given.empty() || answer.final || !order_answered_;
     order_answered_ = true;
     if (answer.final) {
       reported_.revision = answer.revision;
@@ -879,8 +885,9 @@ absl::Time Pool::ObeyOrder(absl::Time now) {
     }
     dirty_ = true;
     if (!order_ || unmapped_all) again = absl::InfiniteFuture();
+    // Before anybody can ask for these slots again.
+    if (send) session_.Send(std::move(answer));
   }
-  if (send) session_.Send(std::move(answer));
   if (closed > 0 && options_.on_closing) {
     options_.on_closing(static_cast<PageCount>(closed));
   }
@@ -936,19 +943,18 @@ absl::Time Pool::Decay(absl::Time now) {
     }
   }
   Return message;
-  message.pages = GiveUp(pages);
-  {
-    MutexLock lock(&mu_);
-    if (message.pages.size() < pages.size()) {
-      due = std::min(due, now + UnmapPause());
-    }
-    EndTrim(message.pages.size());
-  }
-  if (message.pages.empty()) return due;
+  message.pages = Unmap(pages);
   MutexLock lock(&mu_);
+  if (message.pages.size() < pages.size()) {
+    due = std::min(due, now + UnmapPause());
+  }
+  MarkReturned(message.pages);
+  EndTrim(message.pages.size());
+  if (message.pages.empty()) return due;
   message.pool = id_;
   dirty_ = true;
-  // While no broker is there, what is gone is simply not in Resume.
+  // Before anybody can ask for these slots again. While no broker is there, what
+  // is gone is simply not in Resume.
   if (connected_) session_.Send(std::move(message));
   return due;
 }

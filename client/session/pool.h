@@ -297,9 +297,12 @@ class Pool {
   void EndTrim(size_t went) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   absl::Time SendReport(absl::Time now) ABSL_LOCKS_EXCLUDED(mu_);
   absl::Time Leave(absl::Time now) ABSL_LOCKS_EXCLUDED(mu_);
-  // Unmaps RETURNING pages; what could be unmapped is gone from the table.
-  std::vector<PageName> GiveUp(absl::Span<const PageIndex> pages)
+  // Unmaps RETURNING pages; which could be unmapped. They are MarkReturned, which
+  // frees their slots, under the lock under which the broker is told.
+  std::vector<PageName> Unmap(absl::Span<const PageIndex> pages)
       ABSL_LOCKS_EXCLUDED(mu_);
+  void MarkReturned(absl::Span<const PageName> pages)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // What Map or Unmap answered, for health.
   void Heed(const absl::Status& of_mapper) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // How soon a page that could not be unmapped is tried again.

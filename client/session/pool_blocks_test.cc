@@ -1,5 +1,6 @@
 // Blocks that are named, set late, taken without a wish, grown for a poller and
 // trimmed: what engines do that do not wait in Alloc.
+#include <atomic>
 #include <memory>
 #include <optional>
 #include <thread>
@@ -265,6 +266,30 @@ TEST_F(PoolBlocksTest, TrimReturnsTheReserveToo) {
   EXPECT_EQ(mapper_->mapped(), 1u);
   EXPECT_THAT(session_.TakeOnly<Return>().pages, SizeIs(2));
   EXPECT_THAT(pool_->UsedBlocks(), ElementsAre(4));
+}
+
+// Else the broker refuses the slot, which it takes for full.
+TEST_F(PoolBlocksTest, ASlotIsAskedForAfterItsReturnWasSent) {
+  Make();
+  std::atomic<bool> stop = false;
+  std::thread worker([&] {
+    while (!stop) {
+      session_.AwaitWake();
+      pool_->Work();
+    }
+  });
+  for (int round = 0; round < 300; ++round) {
+    StartAllocAt({0});
+    Acquire asked = session_.Await<Acquire>();
+    EXPECT_THAT(session_.Take<Return>(), SizeIs(round == 0 ? 0 : 1));
+    Grant(asked);
+    ASSERT_TRUE(*FinishAllocAt());
+    ASSERT_TRUE(pool_->Free(std::vector<BlockId>{0}).ok());
+    EXPECT_EQ(pool_->Trim(), 1);
+  }
+  stop = true;
+  session_.Wake();
+  worker.join();
 }
 
 TEST_F(PoolBlocksTest, TrimOfNothingAnswers) {

@@ -30,7 +30,9 @@ using Ref = std::unique_ptr<PyObject, DropReference>;
 class WithoutGil {
  public:
   WithoutGil() : state_(PyEval_SaveThread()) {}
-  ~WithoutGil() { PyEval_RestoreThread(state_); }
+  // Where the interpreter is about to end, CPython before 3.14 ends a daemon's
+  // thread here, by unwinding its stack.
+  ~WithoutGil() noexcept(false) { PyEval_RestoreThread(state_); }
   WithoutGil(const WithoutGil&) = delete;
   WithoutGil& operator=(const WithoutGil&) = delete;
 

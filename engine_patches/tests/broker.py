@@ -1,4 +1,4 @@
-"""A kvbrokerd of a test's own, on the host backend."""
+"""A kvbrokerd of a test's own."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from pathlib import Path
 from kvcached import programs
 
 MIB = 1 << 20
+# What tests with tensors use: on a machine with a GPU it may be "cuda:0".
+DEVICE = os.environ.get("KVCACHED_TEST_DEVICE", "cpu")
 # For giving up only.
 TIMEOUT_S = 60.0
 
@@ -87,16 +89,19 @@ class Broker:
         return done.stdout
 
 
-def host_memory(capacity: str) -> list[str]:
-    """A broker's options."""
+def memory(capacity: str) -> list[str]:
+    """A broker's options: so much of DEVICE."""
+    kind, _, index = DEVICE.partition(":")
+    if kind == "cuda":
+        return ["--backend", "cuda", "--gpu", index or "0", "--capacity", capacity]
     return ["--backend", "host", "--device-uuid", f"TEST-{os.getpid()}", "--capacity", capacity]
 
 
 @contextmanager
 def running_broker(capacity: str, device: list[str] | None = None) -> Iterator[Broker]:
-    """``device``: options of a broker for another one than host memory of this size."""
+    """``device``: options of a broker for another one than DEVICE, of this size."""
     folder = Path(tempfile.mkdtemp(prefix="kvb", dir="/tmp"))
-    broker = Broker(folder, host_memory(capacity) if device is None else device)
+    broker = Broker(folder, memory(capacity) if device is None else device)
     try:
         broker.start()
         yield broker
@@ -110,7 +115,7 @@ def environment(broker: Broker, **more: str) -> dict[str, str]:
     clean = {
         name: value
         for name, value in os.environ.items()
-        if name == "KVBROKER_BIN_DIR" or not name.startswith(("KVBROKER_", "KVCACHED_"))
+        if name in ("KVBROKER_BIN_DIR", "KVCACHED_TEST_DEVICE") or not name.startswith(("KVBROKER_", "KVCACHED_"))
     }
     return {
         **clean,

@@ -38,11 +38,11 @@ def take(mine: KVCacheManager, count: int) -> list[int]:
 PRELUDE = """
 import os, random, sys, threading, time
 sys.path.insert(0, {tests!r})
-from broker import eventually
+from broker import DEVICE, eventually
 from kvcached.integration.vllm import interfaces as vllm
 from kvcached.kv_cache_manager import KVCacheManager
 CELL = 16 << 10
-vllm.init_kvcached(device="cpu")
+vllm.init_kvcached(device=DEVICE)
 """
 
 

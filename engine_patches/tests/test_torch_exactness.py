@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import torch
-from broker import BrokerTest, eventually
+from broker import DEVICE, BrokerTest, eventually
 from test_processes import start
 from test_torch_tensors import fill, has
 
@@ -40,9 +40,9 @@ class Reclaim(BrokerTest):
 
     def use(self, contiguous: bool) -> None:
         self.setenv(KVCACHED_CONTIGUOUS_LAYOUT=str(contiguous).lower())
-        vllm.init_kvcached(device="cpu")
+        vllm.init_kvcached(device=DEVICE)
         tensors = vllm.alloc_kv_cache(
-            (2, BLOCKS, BLOCK, HEADS, DIM), BLOCK, torch.float16, "cpu", LAYERS
+            (2, BLOCKS, BLOCK, HEADS, DIM), BLOCK, torch.float16, DEVICE, LAYERS
         )
         mine = vllm.get_kv_cache_manager(None, BLOCK, HEADS * DIM * 2, LAYERS)
         pool = mine.pool

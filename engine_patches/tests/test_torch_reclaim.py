@@ -18,13 +18,12 @@ import time
 import unittest
 
 import torch
-from broker import TIMEOUT_S, BrokerTest, eventually
+from broker import DEVICE, TIMEOUT_S, BrokerTest, eventually
 
 from kvcached import _C
 from kvcached.integration.vllm import interfaces as vllm
 from kvcached.kv_cache_manager import KVCacheManager
 
-DEVICE = os.environ.get("KVCACHED_TEST_DEVICE", "cpu")
 BLOCKS = int(os.environ.get("KVCACHED_TEST_BLOCKS", "2000"))
 LAYERS = 2
 BLOCK_TOKENS = 16

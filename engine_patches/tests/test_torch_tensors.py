@@ -8,7 +8,7 @@ import os
 import unittest
 
 import torch
-from broker import MIB, BrokerTest, eventually
+from broker import DEVICE, MIB, BrokerTest, eventually
 
 from kvcached import vmm_ops
 from kvcached.errors import KVCachedConfigError
@@ -49,7 +49,7 @@ def take(mine: KVCacheManager, count: int) -> list[int]:
 
 def raw(tensor: torch.Tensor) -> torch.Tensor:
     """Its elements' bytes."""
-    return tensor.contiguous().view(torch.uint8)
+    return tensor.contiguous().cpu().view(torch.uint8)
 
 
 def noise(tensor: torch.Tensor, seed: int) -> torch.Tensor:
@@ -77,7 +77,7 @@ class Base(BrokerTest):
     def begin(self, contiguous: bool, **more: str) -> None:
         vllm.shutdown_kvcached()
         self.setenv(KVCACHED_CONTIGUOUS_LAYOUT=str(contiguous).lower(), **more)
-        vllm.init_kvcached(device="cpu")
+        vllm.init_kvcached(device=DEVICE)
 
 
 class Tensors(Base):
@@ -134,11 +134,11 @@ class Tensors(Base):
             with self.subTest(contiguous=contiguous, dtype=dtype, first=first):
                 self.begin(contiguous)
                 shape = (2, 30, BLOCK, HEADS, DIM) if first else (30, 2, BLOCK, HEADS, DIM)
-                tensors = vllm.alloc_kv_cache(shape, BLOCK, dtype, "cpu", LAYERS)
+                tensors = vllm.alloc_kv_cache(shape, BLOCK, dtype, DEVICE, LAYERS)
                 self.assertEqual(len(tensors), LAYERS)
                 for tensor in tensors:
                     self.assertEqual((tuple(tensor.shape), tensor.dtype), (shape, dtype))
-                    self.assertEqual(tensor.device.type, "cpu")
+                    self.assertEqual(tensor.device.type, DEVICE)
                 cell = HEADS * DIM * dtype.itemsize
                 mine = vllm.get_kv_cache_manager(None, BLOCK, cell, LAYERS)
                 self.assertEqual(mine.num_blocks, 30)
@@ -150,7 +150,7 @@ class Tensors(Base):
             with self.subTest(contiguous=contiguous, dtype=dtype):
                 self.begin(contiguous)
                 shape = (40, BLOCK, 576)
-                tensors = vllm.alloc_kv_cache(shape, BLOCK, dtype, "cpu", LAYERS, "MLA")
+                tensors = vllm.alloc_kv_cache(shape, BLOCK, dtype, DEVICE, LAYERS, "MLA")
                 self.assertEqual([tuple(tensor.shape) for tensor in tensors], [shape] * LAYERS)
                 cell = 576 * dtype.itemsize
                 mine = vllm.get_kv_cache_manager(40, BLOCK, cell, LAYERS, num_kv_buffers=1)
@@ -162,7 +162,7 @@ class Tensors(Base):
                 self.begin(contiguous)
                 shape = (30, HEADS, BLOCK, 2 * DIM)
                 tensors = vllm.alloc_kv_cache(
-                    shape, BLOCK, torch.bfloat16, "cpu", LAYERS, kv_layout=layout
+                    shape, BLOCK, torch.bfloat16, DEVICE, LAYERS, kv_layout=layout
                 )
                 self.assertEqual([tuple(tensor.shape) for tensor in tensors], [shape] * LAYERS)
                 cell = HEADS * 2 * DIM * 2
@@ -177,7 +177,7 @@ class Tensors(Base):
                     (2, 30, BLOCK, HEADS, DIM),
                     BLOCK,
                     torch.float16,
-                    "cpu",
+                    DEVICE,
                     LAYERS,
                     kernel_block_size=4,
                 )
@@ -191,7 +191,7 @@ class Tensors(Base):
                 self.begin(contiguous)
                 shape = (2, 30, BLOCK, HEADS, DIM)
                 tensors, info = vllm.alloc_kv_cache(
-                    shape, BLOCK, torch.float16, "cpu", LAYERS, "HYBRID_LINEAR"
+                    shape, BLOCK, torch.float16, DEVICE, LAYERS, "HYBRID_LINEAR"
                 )
                 page = 2 * BLOCK * HEADS * DIM * 2
                 self.assertEqual(info["page_size_bytes"], page)
@@ -216,9 +216,9 @@ class Tensors(Base):
             with self.subTest(contiguous=contiguous, dtype=dtype, page=page):
                 sglang.shutdown_kvcached()
                 self.setenv(KVCACHED_CONTIGUOUS_LAYOUT=str(contiguous).lower())
-                sglang.init_kvcached(device="cpu")
+                sglang.init_kvcached(device=DEVICE)
                 shape = (800, 8, DIM)
-                k, v = sglang.alloc_kv_cache(shape, dtype, "cpu", LAYERS, page_size=page)
+                k, v = sglang.alloc_kv_cache(shape, dtype, DEVICE, LAYERS, page_size=page)
                 for tensor in (*k, *v):
                     self.assertEqual((tuple(tensor.shape), tensor.dtype), (shape, dtype))
                 cell = 8 * DIM * dtype.itemsize
@@ -227,7 +227,7 @@ class Tensors(Base):
 
     def test_tokens_of_latent_attention(self) -> None:
         self.begin(True)
-        tensors = sglang.alloc_kv_cache((800, 1, 576), torch.bfloat16, "cpu", LAYERS, 4, "MLA")
+        tensors = sglang.alloc_kv_cache((800, 1, 576), torch.bfloat16, DEVICE, LAYERS, 4, "MLA")
         self.assertEqual([tuple(tensor.shape) for tensor in tensors], [(800, 1, 576)] * LAYERS)
         mine = sglang.get_kv_cache_manager(200, 4, 1152, LAYERS, num_kv_buffers=1)
         self.check_blocks([[tensor] for tensor in tensors], mine, per_block=4)
@@ -236,7 +236,7 @@ class Tensors(Base):
         for contiguous in (True, False):
             self.begin(contiguous)
             tensors, meta = vllm.alloc_kv_cache(
-                (2, 30, BLOCK, HEADS, DIM), BLOCK, torch.float16, "cpu", LAYERS, return_meta=True
+                (2, 30, BLOCK, HEADS, DIM), BLOCK, torch.float16, DEVICE, LAYERS, return_meta=True
             )
             unit = BLOCK * HEADS * DIM * 2
             k_or_v = meta["gpu_mem_bytes_per_layer_k_or_v"]
@@ -258,7 +258,7 @@ class Tensors(Base):
             shape = (2, 30, BLOCK, HEADS, DIM)
             if manager_first:
                 mine = vllm.get_kv_cache_manager(30, BLOCK, cell, LAYERS)
-            tensors = vllm.alloc_kv_cache(shape, BLOCK, torch.float16, "cpu", LAYERS)
+            tensors = vllm.alloc_kv_cache(shape, BLOCK, torch.float16, DEVICE, LAYERS)
             if not manager_first:
                 mine = vllm.get_kv_cache_manager(30, BLOCK, cell, LAYERS)
             fill(tensors[1][:, 0], 1)
@@ -271,7 +271,7 @@ class Tensors(Base):
         for group in range(3):
             shape = (2, 10, BLOCK, HEADS, DIM)
             tensors = vllm.alloc_kv_cache(
-                shape, BLOCK, torch.float16, "cpu", LAYERS, group_id=group
+                shape, BLOCK, torch.float16, DEVICE, LAYERS, group_id=group
             )
             mine = vllm.get_kv_cache_manager(None, BLOCK, HEADS * DIM * 2, LAYERS, group_id=group)
             blocks = take(mine, 3)
@@ -289,7 +289,7 @@ class WrongInput(Base):
         self.begin(True)
 
     def test_nothing_is_left_of_what_fails(self) -> None:
-        good = ((2, 30, BLOCK, HEADS, DIM), BLOCK, torch.float16, "cpu", LAYERS)
+        good = ((2, 30, BLOCK, HEADS, DIM), BLOCK, torch.float16, DEVICE, LAYERS)
         for position, wrong, error in (
             (0, (3, 30, BLOCK, HEADS, DIM), ValueError),
             (0, (2, 30, BLOCK), ValueError),
@@ -311,14 +311,14 @@ class WrongInput(Base):
             with self.subTest(wrong=wrong), self.assertRaises(ValueError):
                 vllm.alloc_kv_cache(*good, **wrong)
         with self.assertRaises(KVCachedConfigError):
-            vllm.alloc_kv_cache((2, 30, 1024, HEADS, DIM), 1024, torch.float16, "cpu", 1)
+            vllm.alloc_kv_cache((2, 30, 1024, HEADS, DIM), 1024, torch.float16, DEVICE, 1)
         self.assertEqual(runtime.groups(), [])
         self.assertEqual(json.loads(self.broker.kvctl("list", "--json")), [])
         self.assertEqual(len(vllm.alloc_kv_cache(*good)), LAYERS)
 
     def test_managers_have_to_fit(self) -> None:
         shape = (2, 30, BLOCK, HEADS, DIM)
-        vllm.alloc_kv_cache(shape, BLOCK, torch.float16, "cpu", LAYERS)
+        vllm.alloc_kv_cache(shape, BLOCK, torch.float16, DEVICE, LAYERS)
         cell = HEADS * DIM * 2
         for arguments, more in (
             ((31, BLOCK, cell, LAYERS), {}),
@@ -335,14 +335,14 @@ class WrongInput(Base):
         cell = HEADS * DIM * 2
         mine = vllm.get_kv_cache_manager(30, BLOCK, cell, LAYERS)
         with self.assertRaises(ValueError):
-            vllm.alloc_kv_cache((2, 29, BLOCK, HEADS, DIM), BLOCK, torch.float16, "cpu", LAYERS)
+            vllm.alloc_kv_cache((2, 29, BLOCK, HEADS, DIM), BLOCK, torch.float16, DEVICE, LAYERS)
         take(mine, 1)
         with self.assertRaises(KVCachedConfigError):
-            vllm.alloc_kv_cache((2, 300, BLOCK, HEADS, DIM), BLOCK, torch.float16, "cpu", LAYERS)
+            vllm.alloc_kv_cache((2, 300, BLOCK, HEADS, DIM), BLOCK, torch.float16, DEVICE, LAYERS)
         with self.assertRaises(ValueError):
-            vllm.alloc_kv_cache((2, 30, BLOCK, HEADS, DIM), BLOCK, torch.float16, "cpu", 1)
+            vllm.alloc_kv_cache((2, 30, BLOCK, HEADS, DIM), BLOCK, torch.float16, DEVICE, 1)
         tensors = vllm.alloc_kv_cache(
-            (2, 30, BLOCK, HEADS, DIM), BLOCK, torch.float16, "cpu", LAYERS
+            (2, 30, BLOCK, HEADS, DIM), BLOCK, torch.float16, DEVICE, LAYERS
         )
         fill(tensors[0][:, 0], 1)
 
@@ -351,19 +351,22 @@ class Ends(Base):
     def test_tensors_outlive_their_pool(self) -> None:
         self.begin(True)
         shape = (2, 30, BLOCK, HEADS, DIM)
-        tensors = vllm.alloc_kv_cache(shape, BLOCK, torch.float16, "cpu", LAYERS)
+        tensors = vllm.alloc_kv_cache(shape, BLOCK, torch.float16, DEVICE, LAYERS)
         mine = vllm.get_kv_cache_manager(None, BLOCK, HEADS * DIM * 2, LAYERS)
         block = take(mine, 1)[0]
         tensors[0][:, block] = 1
         vllm.shutdown_kvcached()
         self.assertEqual(tuple(tensors[0].shape), shape)
-        self.assertEqual(tensors[0][:, block].sum().item(), 0)
-        vllm.init_kvcached(device="cpu")
-        again = vllm.alloc_kv_cache(shape, BLOCK, torch.float16, "cpu", LAYERS)
+        if DEVICE == "cpu":  # a GPU's must not be touched
+            self.assertEqual(tensors[0][:, block].sum().item(), 0)
+        vllm.init_kvcached(device=DEVICE)
+        again = vllm.alloc_kv_cache(shape, BLOCK, torch.float16, DEVICE, LAYERS)
         mine = vllm.get_kv_cache_manager(None, BLOCK, HEADS * DIM * 2, LAYERS)
         block = take(mine, 1)[0]
         again[0][:, block] = 2
-        self.assertEqual(tensors[0][:, block].sum().item(), 0)
+        if DEVICE == "cpu":
+            self.assertEqual(tensors[0][:, block].sum().item(), 0)
+        self.assertNotEqual(again[0].data_ptr(), tensors[0].data_ptr())
 
     def test_the_interpreter_ends_with_live_tensors(self) -> None:
         from test_processes import start
@@ -371,7 +374,7 @@ class Ends(Base):
         process = start(
             """
             import torch
-            tensors = vllm.alloc_kv_cache((2, 30, 16, 64, 64), 16, torch.float16, "cpu", 2)
+            tensors = vllm.alloc_kv_cache((2, 30, 16, 64, 64), 16, torch.float16, DEVICE, 2)
             mine = vllm.get_kv_cache_manager(None, 16, 64 * 64 * 2, 2)
             blocks = []
             assert eventually(lambda: blocks.extend(mine.alloc(3) or []) or blocks)
@@ -394,12 +397,12 @@ class ByHand(Base):
     def begin(self, contiguous: bool, **more: str) -> None:
         vmm_ops.shutdown_kvcached()
         self.setenv(**more)
-        vmm_ops.init_kvcached("cpu", contiguous_layout=contiguous)
+        vmm_ops.init_kvcached(DEVICE, contiguous_layout=contiguous)
 
     def test_before_init(self) -> None:
         self.assertTrue(vmm_ops.is_available())
         for call in (
-            lambda: vmm_ops.create_kv_tensors(self.PAGE, 2, "cpu", 1),
+            lambda: vmm_ops.create_kv_tensors(self.PAGE, 2, DEVICE, 1),
             lambda: vmm_ops.map_to_kv_tensors([0]),
             lambda: vmm_ops.unmap_from_kv_tensors([0]),
             vmm_ops.kv_tensors_created,
@@ -411,7 +414,7 @@ class ByHand(Base):
     def test_per_layer(self) -> None:
         self.begin(False)
         self.assertFalse(vmm_ops.kv_tensors_created())
-        tensors = vmm_ops.create_kv_tensors(8 * self.PAGE, 2, "cpu", 3)
+        tensors = vmm_ops.create_kv_tensors(8 * self.PAGE, 2, DEVICE, 3)
         self.assertTrue(vmm_ops.kv_tensors_created())
         self.assertEqual([t.numel() * 2 for t in tensors], [8 * self.PAGE] * 3)
         self.assertEqual({t.dtype for t in tensors}, {torch.int16})
@@ -437,7 +440,7 @@ class ByHand(Base):
 
     def test_contiguous(self) -> None:
         self.begin(True)
-        (tensor,) = vmm_ops.create_kv_tensors(8 * self.PAGE, 1, "cpu", 3)
+        (tensor,) = vmm_ops.create_kv_tensors(8 * self.PAGE, 1, DEVICE, 3)
         self.assertEqual((tensor.numel(), tensor.dtype), (24 * self.PAGE, torch.int8))
         whole = 6 * self.PAGE
         self.assertTrue(vmm_ops.map_to_kv_tensors([0, 2 * whole]))
@@ -450,7 +453,7 @@ class ByHand(Base):
 
     def test_unified(self) -> None:
         self.begin(False)
-        tensors = vmm_ops.create_kv_tensors(3 * self.PAGE + 1, 4, "cpu", 2, unified_pool=True)
+        tensors = vmm_ops.create_kv_tensors(3 * self.PAGE + 1, 4, DEVICE, 2, unified_pool=True)
         self.assertEqual([t.numel() * 4 for t in tensors], [4 * self.PAGE] * 2)
         self.assertTrue(vmm_ops.map_to_kv_tensors([3 * self.PAGE]))
         for tensor in tensors:
@@ -458,7 +461,7 @@ class ByHand(Base):
 
     def test_two_lists_are_page_ids(self) -> None:
         self.begin(False)
-        tensors = vmm_ops.create_kv_tensors(8 * self.PAGE, 1, "cpu", 1)
+        tensors = vmm_ops.create_kv_tensors(8 * self.PAGE, 1, DEVICE, 1)
         with self.assertWarns(DeprecationWarning):
             self.assertTrue(vmm_ops.map_to_kv_tensors([0, 2], [0, 0]))
         fill(tensors[0][2 * self.PAGE : 3 * self.PAGE], 3)
@@ -468,7 +471,7 @@ class ByHand(Base):
 
     def test_what_cannot_be_had_changes_nothing(self) -> None:
         self.begin(False, KVCACHED_IPC_TIMEOUT="0.5")
-        vmm_ops.create_kv_tensors(512 * self.PAGE, 1, "cpu", 1)
+        vmm_ops.create_kv_tensors(512 * self.PAGE, 1, DEVICE, 1)
         # 256 pages of 2 MB of K and V each, on a broker with 64 of them.
         self.assertFalse(vmm_ops.map_to_kv_tensors([i * self.PAGE for i in range(200)]))
         self.assertEqual(runtime.group(0).pool.used_blocks(), [])
@@ -476,12 +479,12 @@ class ByHand(Base):
 
     def test_wrong_input(self) -> None:
         self.begin(False)
-        for arguments in ((0, 2, "cpu", 1), (1, 3, "cpu", 1), (1, 2, "cpu", 0), (1, 2, "x", 1)):
+        for arguments in ((0, 2, DEVICE, 1), (1, 3, DEVICE, 1), (1, 2, DEVICE, 0), (1, 2, "x", 1)):
             with self.subTest(arguments=arguments), self.assertRaises(ValueError):
                 vmm_ops.create_kv_tensors(*arguments)
         with self.assertRaises(KVCachedConfigError):
             vmm_ops.map_to_kv_tensors([0])
-        vmm_ops.create_kv_tensors(8 * self.PAGE, 1, "cpu", 1)
+        vmm_ops.create_kv_tensors(8 * self.PAGE, 1, DEVICE, 1)
         for offsets in ([1], [-self.PAGE], [4 * self.PAGE]):
             with self.subTest(offsets=offsets), self.assertRaises(ValueError):
                 vmm_ops.map_to_kv_tensors(offsets)
@@ -490,7 +493,7 @@ class ByHand(Base):
 
     def test_a_manager_takes_over(self) -> None:
         self.begin(True)
-        vmm_ops.create_kv_tensors(8 * self.PAGE, 1, "cpu", 2)
+        vmm_ops.create_kv_tensors(8 * self.PAGE, 1, DEVICE, 2)
         self.assertTrue(vmm_ops.map_to_kv_tensors([0]))
         mine = KVCacheManager(64, 16, 8192, 2)
         self.assertEqual(mine.pool.used_blocks(), [])
