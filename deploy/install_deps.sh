@@ -28,6 +28,7 @@ readonly PACKAGES=(
   libgrpc++-dev
   libgtest-dev
   libprotobuf-dev
+  libpython3-dev
   libreadline-dev
   libspdlog-dev
   libyaml-cpp-dev

@@ -40,6 +40,8 @@ class CudaIpcMapper : public Mapper {
   absl::Status Unmap(PageIndex page) override;
   // An address of the GPU.
   std::byte* region(size_t handle_of_page) const override;
+  // The slab stays open.
+  std::shared_ptr<void> range() const override { return slab_; }
 
   // Null is the context's default stream.
   void AddStream(void* stream) override { fence_.Add(stream); }
@@ -52,7 +54,7 @@ class CudaIpcMapper : public Mapper {
   const PoolGeometry geometry_;
   const CudaFunctions& cuda_;
   const SlabFrame frame_;
-  const std::unique_ptr<CudaSlab> slab_;
+  const std::shared_ptr<CudaSlab> slab_;
   std::vector<bool> leased_;  // by page
   StreamFence fence_;
 };

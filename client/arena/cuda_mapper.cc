@@ -54,7 +54,20 @@ absl::Status CudaMapper::Start() {
                      FormatBytes(geometry_.page_bytes() * geometry_.max_pages),
                      ": ", reserved.message()));
   }
-  return reserved;
+  RETURN_IF_ERROR(reserved);
+  // The driver outlives every mapper, and what they leave behind. At the end of
+  // a process it may be gone already: it answers so, and that is fine.
+  range_ = std::shared_ptr<void>(
+      reinterpret_cast<void*>(static_cast<uintptr_t>(base_)),
+      [&cuda = cuda_, device = device_.device, context = context_, base = base_,
+       bytes = range_bytes()](void*) {
+        {
+          CurrentCudaContext current(cuda, context);
+          if (current.status().ok()) cuda.cuMemAddressFree(base, bytes);
+        }
+        cuda.cuDevicePrimaryCtxRelease(device);
+      });
+  return absl::OkStatus();
 }
 
 CudaMapper::~CudaMapper() {
@@ -65,10 +78,9 @@ CudaMapper::~CudaMapper() {
     for (uint32_t page = 0; page < geometry_.max_pages; ++page) {
       RollBack(PageIndex(page), geometry_.handles_per_page);
     }
-    if (base_ != 0) cuda_.cuMemAddressFree(base_, range_bytes());
     fence_.Clear();
   }
-  cuda_.cuDevicePrimaryCtxRelease(device_.device);
+  if (range_ == nullptr) cuda_.cuDevicePrimaryCtxRelease(device_.device);
 }
 
 std::byte* CudaMapper::region(size_t handle_of_page) const {

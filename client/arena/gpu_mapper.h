@@ -42,6 +42,7 @@ class GpuMapper : public Mapper {
   std::byte* region(size_t handle_of_page) const override {
     return mapper_->region(handle_of_page);
   }
+  std::shared_ptr<void> range() const override { return mapper_->range(); }
   void AddStream(void* stream) override { mapper_->AddStream(stream); }
   void RemoveStream(void* stream) override { mapper_->RemoveStream(stream); }
 

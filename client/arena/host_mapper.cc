@@ -5,6 +5,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <utility>
+
 #include "absl/strings/str_cat.h"
 #include "broker/base/check.h"
 
@@ -27,16 +29,31 @@ absl::StatusOr<std::unique_ptr<HostMapper>> HostMapper::Create(
     return ErrnoToStatus(
         errno, absl::StrCat("reserving ", FormatBytes(total), " of addresses"));
   }
+  std::shared_ptr<void> range(base, [total](void* start) {
+    munmap(start, static_cast<size_t>(total.count()));
+  });
   return std::unique_ptr<HostMapper>(
-      new HostMapper(geometry, static_cast<std::byte*>(base)));
+      new HostMapper(geometry, std::move(range)));
 }
 
-HostMapper::HostMapper(const PoolGeometry& geometry, std::byte* base)
-    : geometry_(geometry), base_(base), work_(geometry.max_pages) {}
+HostMapper::HostMapper(const PoolGeometry& geometry,
+                       std::shared_ptr<void> range)
+    : geometry_(geometry),
+      range_(std::move(range)),
+      base_(static_cast<std::byte*>(range_.get())),
+      work_(geometry.max_pages) {}
 
 HostMapper::~HostMapper() {
-  Bytes total = geometry_.page_bytes() * geometry_.max_pages;
-  munmap(base_, static_cast<size_t>(total.count()));
+  if (range_.use_count() == 1) return;
+  // Somebody keeps the addresses: with nobody's memory behind them, all pages
+  // go. Where even that is refused, they fault.
+  const size_t total = static_cast<size_t>(
+      (geometry_.page_bytes() * geometry_.max_pages).count());
+  if (mmap(base_, total, PROT_READ | PROT_WRITE,
+           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1,
+           0) == MAP_FAILED) {
+    Reserve(base_, total);
+  }
 }
 
 std::byte* HostMapper::region(size_t handle_of_page) const {

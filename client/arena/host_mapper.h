@@ -27,6 +27,7 @@ class HostMapper : public Mapper {
   absl::Status Map(PageIndex page, std::vector<UniqueFd> descriptors) override;
   absl::Status Unmap(PageIndex page) override;
   std::byte* region(size_t handle_of_page) const override;
+  std::shared_ptr<void> range() const override { return range_; }
   // RESOURCE_EXHAUSTED: of memory, descriptors or mappings (vm.max_map_count).
   absl::Status Guard() override;
 
@@ -35,7 +36,7 @@ class HostMapper : public Mapper {
   void EndWork(PageIndex page) { work_[page.value()].fetch_sub(1); }
 
  private:
-  HostMapper(const PoolGeometry& geometry, std::byte* base);
+  HostMapper(const PoolGeometry& geometry, std::shared_ptr<void> range);
 
   size_t handle_bytes() const {
     return static_cast<size_t>(geometry_.handle_bytes.count());
@@ -48,6 +49,7 @@ class HostMapper : public Mapper {
   void UnmapHandles(PageIndex page, size_t count);
 
   const PoolGeometry geometry_;
+  const std::shared_ptr<void> range_;
   std::byte* const base_;
   std::vector<std::atomic<uint32_t>> work_;
   UniqueFd guard_;  // of guard mode: its handle

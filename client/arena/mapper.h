@@ -21,6 +21,7 @@
 #define KVBROKER_CLIENT_ARENA_MAPPER_H_
 
 #include <cstddef>
+#include <memory>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -53,6 +54,12 @@ class Mapper {
   // Start of a region; fixed from Begin on. An address of the device:
   // whether this process can read it depends on the kind of memory.
   virtual std::byte* region(size_t handle_of_page) const = 0;
+
+  // Who holds it keeps the addresses of all regions from being anybody else's,
+  // also past the end of the mapper: host memory reads as zeros then, and what is
+  // written there is lost; a GPU's must not be touched. Null where the mapper
+  // maps nothing. From Begin on, any thread.
+  virtual std::shared_ptr<void> range() const { return nullptr; }
 
   // Guard mode from now on, for the contiguous layout. It costs the device's
   // memory of one handle, charged to this process; a mapping for each slot now;

@@ -1,5 +1,6 @@
 #include "client/block/block_geometry.h"
 
+#include <algorithm>
 #include <limits>
 
 #include "absl/strings/str_cat.h"
@@ -35,7 +36,13 @@ absl::Status BlockGeometry::Validate() const {
         " (", page_bytes.count(), " bytes), a page size that would do: ",
         FormatBytes(enough), " (", enough.count(), " bytes)"));
   }
-  const int64_t ids = page_bytes * max_pages / block_bytes;
+  int64_t ids = page_bytes * max_pages / block_bytes;
+  if (max_blocks > ids) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("Pool has fewer blocks than are asked for; blocks: ", ids,
+                     ", asked for: ", max_blocks));
+  }
+  if (max_blocks > 0) ids = max_blocks;
   if (ids > std::numeric_limits<BlockId>::max()) {
     return absl::InvalidArgumentError(
         absl::StrCat("Pool has more blocks than block ids; blocks: ", ids,
@@ -45,13 +52,13 @@ absl::Status BlockGeometry::Validate() const {
 }
 
 BlockId BlockGeometry::FirstBlock(PageIndex page) const {
-  return static_cast<BlockId>(
-      CeilDivide(page_bytes * page.value(), block_bytes));
+  return static_cast<BlockId>(std::min<int64_t>(
+      CeilDivide(page_bytes * page.value(), block_bytes), block_ids()));
 }
 
 BlockId BlockGeometry::EndBlock(PageIndex page) const {
-  return static_cast<BlockId>(page_bytes * (int64_t{page.value()} + 1) /
-                              block_bytes);
+  return static_cast<BlockId>(std::min<int64_t>(
+      page_bytes * (int64_t{page.value()} + 1) / block_bytes, block_ids()));
 }
 
 PageIndex BlockGeometry::PageOf(BlockId block) const {
@@ -59,7 +66,9 @@ PageIndex BlockGeometry::PageOf(BlockId block) const {
 }
 
 int32_t BlockGeometry::block_ids() const {
-  return static_cast<int32_t>(page_bytes * max_pages / block_bytes);
+  return max_blocks > 0
+             ? static_cast<int32_t>(max_blocks)
+             : static_cast<int32_t>(page_bytes * max_pages / block_bytes);
 }
 
 int32_t BlockGeometry::max_blocks_per_page() const {

@@ -24,6 +24,8 @@ struct BlockGeometry {
   Bytes page_bytes;        // all layers together
   Bytes block_bytes;       // likewise
   uint32_t max_pages = 0;  // page indexes are 0 .. max_pages - 1
+  // Ids are below this, and pages beyond hold no block; 0: as many as fit.
+  uint32_t max_blocks = 0;
   bool reserve_null_block = true;
 
   // InvalidArgument names the figure that is wrong and, for a block larger than

@@ -126,6 +126,38 @@ bool BlockTable::Alloc(absl::Span<BlockId> out) {
   return true;
 }
 
+absl::Status BlockTable::AllocAt(absl::Span<const BlockId> blocks) {
+  for (BlockId block : blocks) {
+    if (!HasBlock(block) || blocks_[block].state != BlockState::kFree ||
+        PageShelves::IsOpen(shelves_.tier(blocks_[block].page))) {
+      continue;
+    }
+    return absl::FailedPreconditionError(absl::StrCat(
+        "Block is on a page that gets no new ones; block: ", block));
+  }
+  RETURN_IF_ERROR(Restate(blocks, BlockState::kFree, BlockState::kUsed));
+  ForRunsOnPage(blocks, [&](uint32_t page, absl::Span<const BlockId> run) {
+    // Those that stay free, in the order in which they were.
+    std::vector<uint32_t> kept;
+    FreeStack& free = pages_[page].free;
+    while (!free.empty()) {
+      const uint32_t block = free.Pop(blocks_);
+      if (blocks_[block].state == BlockState::kFree) kept.push_back(block);
+    }
+    for (auto it = kept.rbegin(); it != kept.rend(); ++it) {
+      free.Push(blocks_, *it);
+    }
+    PageShelves::Contents& contents = shelves_.contents(page);
+    const size_t taken = contents.free - kept.size();
+    contents.free -= taken;
+    contents.used += taken;
+    free_blocks_ -= taken;
+    used_blocks_ += taken;
+    shelves_.Refile(page);
+  });
+  return absl::OkStatus();
+}
+
 // Fills the front of `out` with the page's free blocks; answers how many.
 size_t BlockTable::AllocOnPage(uint32_t page, absl::Span<BlockId> out) {
   FreeStack free = pages_[page].free;  // a copy stays in registers

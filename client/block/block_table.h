@@ -98,6 +98,9 @@ class BlockTable {
   // Fills `out`, or returns false and changes nothing. Takes free blocks of the
   // fullest pages first, so that others empty out; then evicts cached ones.
   bool Alloc(absl::Span<BlockId> out);
+  // Exactly these, which must be free, on open pages, and each named once; or
+  // none. Costs by the blocks of their pages.
+  absl::Status AllocAt(absl::Span<const BlockId> blocks);
   // All or none of `blocks`, which must be used and each named once.
   // `last_step`: the last step scheduled so far.
   absl::Status Free(absl::Span<const BlockId> blocks, StepId last_step);

@@ -16,7 +16,10 @@
 #include "absl/strings/str_cat.h"
 #include "absl/types/span.h"
 #include "broker/base/status_macros.h"
+#include "broker/device/cuda/probe.h"
 #include "client/address/broker_address.h"
+#include "client/arena/cuda_driver.h"
+#include "client/arena/make_mapper.h"
 #include "client/capi/kvbroker.h"
 #include "client/session/open_session.h"
 
@@ -39,6 +42,11 @@ struct kvb_session {
   std::unique_ptr<Session> session;
   std::string instance;
   pid_t owner = 0;
+  int device = -1;
+};
+
+struct kvb_range {
+  std::shared_ptr<void> kept;
 };
 
 // kvb_pool is a client::Pool by another name: nothing of its own to keep.
@@ -166,6 +174,8 @@ absl::StatusOr<PoolOptions> FromC(const kvb_pool_options* given) {
   options.reserve_null_block = pool.reserve_null_block != 0;
   options.map_ahead = pool.map_ahead != 0;
   options.guard = pool.guard != 0;
+  options.max_blocks = pool.max_blocks;
+  options.grow_when_polled = pool.grow_when_polled != 0;
   options.min_reserved_pages = pool.min_reserved_pages;
   if (pool.max_reserved_pages >= 0) {
     options.max_reserved_pages = pool.max_reserved_pages;
@@ -189,6 +199,16 @@ absl::StatusOr<PoolOptions> FromC(const kvb_pool_options* given) {
   return options;
 }
 
+// The GPU's ordinal in this process; -1 where the broker lends host memory.
+absl::StatusOr<int> OrdinalOf(const BrokerAddress& broker) {
+  if (!kvbroker::client::IsGpu(broker.device_uuid)) return -1;
+  ASSIGN_OR_RETURN(const kvbroker::CudaDriver* driver,
+                   kvbroker::client::LoadedCudaDriver());
+  ASSIGN_OR_RETURN(kvbroker::CudaDevice device,
+                   kvbroker::FindDevice(*driver, broker.device_uuid));
+  return device.index;
+}
+
 // gRPC's threads do not survive a fork, and the child hangs where it waits for
 // them. The process that opened the first session:
 std::atomic<pid_t> opener = 0;
@@ -206,6 +226,17 @@ absl::Status CheckNotForked() {
 }
 
 }  // namespace
+
+static_assert(KVB_BLOCK_UNBACKED ==
+              static_cast<int>(kvbroker::client::BlockState::kUnbacked));
+static_assert(KVB_BLOCK_FREE ==
+              static_cast<int>(kvbroker::client::BlockState::kFree));
+static_assert(KVB_BLOCK_USED ==
+              static_cast<int>(kvbroker::client::BlockState::kUsed));
+static_assert(KVB_BLOCK_CACHED ==
+              static_cast<int>(kvbroker::client::BlockState::kCached));
+static_assert(KVB_BLOCK_RESERVED ==
+              static_cast<int>(kvbroker::client::BlockState::kReserved));
 
 extern "C" {
 
@@ -321,6 +352,7 @@ kvb_code kvb_session_open(const kvb_session_options* options,
     ASSIGN_OR_RETURN(
         opened->session,
         kvbroker::client::OpenSession(broker, options->session));
+    ASSIGN_OR_RETURN(opened->device, OrdinalOf(broker));
     opened->instance = opened->session->opened().instance;
     opened->owner = getpid();
     *session = opened.release();
@@ -365,7 +397,66 @@ kvb_pool* kvb_session_pool(kvb_session* session, size_t index) noexcept {
   return reinterpret_cast<kvb_pool*>(&session->session->pool(index));
 }
 
+int kvb_session_device(const kvb_session* session) noexcept {
+  return session->device;
+}
+
+kvb_code kvb_gpu_uuid(int ordinal, char** uuid, char** error) noexcept {
+  return Guarded(error, [&]() -> absl::Status {
+    ASSIGN_OR_RETURN(const kvbroker::CudaDriver* driver,
+                     kvbroker::client::LoadedCudaDriver());
+    ASSIGN_OR_RETURN(kvbroker::CudaDevice device,
+                     kvbroker::FindDevice(*driver, absl::StrCat(ordinal)));
+    *uuid = strdup(device.uuid.c_str());
+    return absl::OkStatus();
+  });
+}
+
 // ---- blocks ----
+
+int kvb_pool_try_alloc(kvb_pool* pool, size_t count, int32_t* blocks) noexcept {
+  return Unwrap(pool).TryAlloc(absl::MakeSpan(blocks, count));
+}
+
+kvb_code kvb_pool_alloc_at(kvb_pool* pool, const int32_t* blocks, size_t count,
+                           int64_t timeout_ms, int* taken,
+                           char** error) noexcept {
+  return Guarded(error, [&]() -> absl::Status {
+    ASSIGN_OR_RETURN(const bool took,
+                     Unwrap(pool).AllocAt(absl::MakeConstSpan(blocks, count),
+                                          FromMillis(timeout_ms)));
+    *taken = took;
+    return absl::OkStatus();
+  });
+}
+
+kvb_code kvb_pool_set_blocks(kvb_pool* pool, uint64_t block_bytes,
+                             uint32_t max_blocks, int reserve_null_block,
+                             char** error) noexcept {
+  return Guarded(error, [&] {
+    return Unwrap(pool).SetBlocks(ToBytes(block_bytes), max_blocks,
+                                  reserve_null_block != 0);
+  });
+}
+
+int kvb_pool_block_state(kvb_pool* pool, int32_t block) noexcept {
+  return static_cast<int>(Unwrap(pool).block_state(block));
+}
+
+size_t kvb_pool_page_used(kvb_pool* pool, uint32_t page) noexcept {
+  return Unwrap(pool).page_used_blocks(kvbroker::PageIndex(page));
+}
+
+size_t kvb_pool_used_blocks(kvb_pool* pool, int32_t* blocks,
+                            size_t count) noexcept {
+  const std::vector<int32_t> used = Unwrap(pool).UsedBlocks();
+  std::copy_n(used.begin(), std::min(count, used.size()), blocks);
+  return used.size();
+}
+
+uint64_t kvb_pool_trim(kvb_pool* pool) noexcept {
+  return static_cast<uint64_t>(Unwrap(pool).Trim());
+}
 
 int kvb_pool_alloc(kvb_pool* pool, size_t count, int urgency,
                    int32_t* blocks) noexcept {
@@ -396,11 +487,7 @@ int kvb_pool_touch(kvb_pool* pool, const int32_t* blocks,
 }
 
 uint32_t kvb_pool_generation(kvb_pool* pool, int32_t block) noexcept {
-  const PoolOptions& options = Unwrap(pool).options();
-  const int64_t blocks =
-      options.geometry.page_bytes() * options.geometry.max_pages /
-      options.block_bytes;
-  return block < 0 || block >= blocks ? 0 : Unwrap(pool).generation(block);
+  return Unwrap(pool).generation(block);
 }
 
 size_t kvb_pool_drain_removals(kvb_pool* pool, kvb_removal* removals,
@@ -457,6 +544,17 @@ void* kvb_pool_region(kvb_pool* pool, size_t handle_of_page) noexcept {
   if (handle_of_page >= geometry.handles_per_page) return nullptr;
   return Unwrap(pool).mapper().region(handle_of_page);
 }
+
+uint64_t kvb_pool_region_bytes(kvb_pool* pool) noexcept {
+  const kvbroker::PoolGeometry& geometry = Unwrap(pool).options().geometry;
+  return Count(geometry.handle_bytes * geometry.max_pages);
+}
+
+kvb_range* kvb_pool_retain_range(kvb_pool* pool) noexcept {
+  return new kvb_range{Unwrap(pool).mapper().range()};
+}
+
+void kvb_range_release(kvb_range* range) noexcept { delete range; }
 
 void kvb_pool_add_stream(kvb_pool* pool, void* stream) noexcept {
   Unwrap(pool).mapper().AddStream(stream);

@@ -110,6 +110,12 @@ typedef struct kvb_pool_options {
    * max_pages when the session opens, and one more with each page that comes or
    * goes. 0 by default. */
   int guard;
+  /* Ids of blocks are below this; 0, the default: as many as fit. */
+  uint32_t max_blocks;
+  /* Who asks kvb_pool_available again and again and takes nothing wants more than
+   * that: more pages are mapped each time, up to the limits. For engines that look
+   * before they ask, and so never miss. 0 by default. */
+  int grow_when_polled;
 } kvb_pool_options;
 
 /* Limits of the instance in force, and what the device has to lend, in bytes. */
@@ -136,6 +142,14 @@ typedef struct kvb_removal {
   int32_t block;
   uint32_t generation;
 } kvb_removal;
+
+typedef enum kvb_block_state {
+  KVB_BLOCK_UNBACKED = 0, /* no memory behind it, or no block of the pool */
+  KVB_BLOCK_FREE = 1,
+  KVB_BLOCK_USED = 2,
+  KVB_BLOCK_CACHED = 3,
+  KVB_BLOCK_RESERVED = 4 /* the null block */
+} kvb_block_state;
 
 /* What the library speaks; a program wants its own KVB_ABI_VERSION. */
 int kvb_abi_version(void) KVB_NOEXCEPT;
@@ -215,6 +229,12 @@ kvb_code kvb_session_make_room(kvb_session* session, uint64_t declared_peak,
                                int64_t timeout_ms, char** error) KVB_NOEXCEPT;
 /* NULL past the last one. */
 kvb_pool* kvb_session_pool(kvb_session* session, size_t index) KVB_NOEXCEPT;
+/* The ordinal in this process of the GPU whose memory it is; -1: host memory. */
+int kvb_session_device(const kvb_session* session) KVB_NOEXCEPT;
+/* The name for kvb_session_options_set_gpu of the GPU with this ordinal in this
+ * process; to be given to kvb_error_free. KVB_NOT_FOUND: there is none, or no
+ * driver. Makes no context. */
+kvb_code kvb_gpu_uuid(int ordinal, char** uuid, char** error) KVB_NOEXCEPT;
 
 /* ---- blocks ---- */
 
@@ -222,6 +242,21 @@ kvb_pool* kvb_session_pool(kvb_session* session, size_t index) KVB_NOEXCEPT;
  * kvb_urgency. */
 int kvb_pool_alloc(kvb_pool* pool, size_t count, int urgency,
                    int32_t* blocks) KVB_NOEXCEPT;
+/* As kvb_pool_alloc, of what is mapped only: never waits, and a miss leaves
+ * nothing behind. */
+int kvb_pool_try_alloc(kvb_pool* pool, size_t count,
+                       int32_t* blocks) KVB_NOEXCEPT;
+/* Exactly these blocks, whose pages are asked for where they are not mapped; all or
+ * none. *taken is 0 where that cannot be within the time. KVB_INVALID_ARGUMENT:
+ * one is in use, cached or none of the pool's. */
+kvb_code kvb_pool_alloc_at(kvb_pool* pool, const int32_t* blocks, size_t count,
+                           int64_t timeout_ms, int* taken,
+                           char** error) KVB_NOEXCEPT;
+/* Other blocks on the same pages, while the pool holds none
+ * (KVB_FAILED_PRECONDITION). */
+kvb_code kvb_pool_set_blocks(kvb_pool* pool, uint64_t block_bytes,
+                             uint32_t max_blocks, int reserve_null_block,
+                             char** error) KVB_NOEXCEPT;
 /* All or none: KVB_INVALID_ARGUMENT for one that is not in use. */
 kvb_code kvb_pool_free(kvb_pool* pool, const int32_t* blocks, size_t count,
                        char** error) KVB_NOEXCEPT;
@@ -233,6 +268,13 @@ int kvb_pool_touch(kvb_pool* pool, const int32_t* blocks,
                    const uint32_t* generations, size_t count) KVB_NOEXCEPT;
 /* Rises each time the block's content is given up. 0 for no block of the pool. */
 uint32_t kvb_pool_generation(kvb_pool* pool, int32_t block) KVB_NOEXCEPT;
+/* A kvb_block_state. */
+int kvb_pool_block_state(kvb_pool* pool, int32_t block) KVB_NOEXCEPT;
+/* Blocks in use on the page; 0 where it is not mapped. */
+size_t kvb_pool_page_used(kvb_pool* pool, uint32_t page) KVB_NOEXCEPT;
+/* How many blocks are in use; the first `count` of them in `blocks`. */
+size_t kvb_pool_used_blocks(kvb_pool* pool, int32_t* blocks,
+                            size_t count) KVB_NOEXCEPT;
 /* Takes out up to `count` events, oldest first; says how many. */
 size_t kvb_pool_drain_removals(kvb_pool* pool, kvb_removal* removals,
                                size_t count) KVB_NOEXCEPT;
@@ -244,6 +286,9 @@ size_t kvb_pool_capacity(kvb_pool* pool) KVB_NOEXCEPT;
  * that cannot be within the time. */
 int kvb_pool_reserve(kvb_pool* pool, size_t count,
                      int64_t timeout_ms) KVB_NOEXCEPT;
+/* Returns all idle pages, the reserve too, but for those that a step keeps; waits
+ * up to a second for that. How many pages went. */
+uint64_t kvb_pool_trim(kvb_pool* pool) KVB_NOEXCEPT;
 
 /* ---- steps: no block that was free at the begin is taken before the end; no
  * page is unmapped before the steps that may use it are done. Numbers rise ---- */
@@ -265,6 +310,14 @@ size_t kvb_pool_blocks_to_vacate(kvb_pool* pool, int32_t* blocks,
  * p * handle_bytes of region h. Only what is in use may be touched: anything else
  * may fault. Of CUDA memory it is an address of the GPU, in the primary context. */
 void* kvb_pool_region(kvb_pool* pool, size_t handle_of_page) KVB_NOEXCEPT;
+/* From one region's start to the next one's, and how long a region is. */
+uint64_t kvb_pool_region_bytes(kvb_pool* pool) KVB_NOEXCEPT;
+/* Keeps the addresses of all regions from being anybody else's, past the end of the
+ * session as well: host memory reads as zeros then, and what is written there is
+ * lost; a GPU's must not be touched. To be ended with kvb_range_release. */
+typedef struct kvb_range kvb_range;
+kvb_range* kvb_pool_retain_range(kvb_pool* pool) KVB_NOEXCEPT;
+void kvb_range_release(kvb_range* range) KVB_NOEXCEPT;
 /* A CUstream whose work touches the pool: no page is unmapped before what was
  * queued on it is done. To be removed before it is destroyed; NULL is the
  * default stream. Without effect on host memory. */

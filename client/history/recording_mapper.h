@@ -69,6 +69,8 @@ class RecordingMapper : public Mapper {
   absl::Status Map(PageIndex page, std::vector<UniqueFd> descriptors) override;
   absl::Status Unmap(PageIndex page) override;
   std::byte* region(size_t handle_of_page) const override;
+  std::shared_ptr<void> range() const override { return mapper_->range(); }
+  absl::Status Guard() override { return mapper_->Guard(); }
   void AddStream(void* stream) override { mapper_->AddStream(stream); }
   void RemoveStream(void* stream) override { mapper_->RemoveStream(stream); }
 

@@ -30,6 +30,10 @@ constexpr absl::Duration kGuard = absl::Milliseconds(100);
 constexpr absl::Duration kReportEvery = absl::Milliseconds(5);
 // How long memory that the broker has promised is waited for.
 constexpr absl::Duration kPromiseKept = absl::Seconds(1);
+// Looks at what is available, without taking any, that make a poller.
+constexpr int kPollsOfHunger = 4;
+// How long Trim waits for steps and running work.
+constexpr absl::Duration kTrimPatience = absl::Seconds(1);
 // A page that could not be unmapped is tried again after this.
 constexpr absl::Duration kUnmapAgain = absl::Milliseconds(1);
 // The same, and a mapping, where the device does not work.
@@ -49,6 +53,7 @@ absl::StatusOr<std::unique_ptr<Pool>> Pool::Create(
       BlockTable::Create({.page_bytes = options.geometry.page_bytes(),
                           .block_bytes = options.block_bytes,
                           .max_pages = options.geometry.max_pages,
+                          .max_blocks = options.max_blocks,
                           .reserve_null_block = options.reserve_null_block}));
   return std::unique_ptr<Pool>(new Pool(std::move(options), std::move(table),
                                         std::move(mapper), session, clock));
@@ -60,8 +65,6 @@ Pool::Pool(PoolOptions options, BlockTable table,
       mapper_(std::move(mapper)),
       session_(session),
       clock_(clock),
-      blocks_per_page_(static_cast<size_t>(options_.geometry.page_bytes() /
-                                           options_.block_bytes)),
       table_(std::move(table)),
       ahead_below_(options_.min_reserved_pages) {
   why_not_ = absl::UnavailableError("not connected to a broker yet");
@@ -117,8 +120,153 @@ bool Pool::Alloc(absl::Span<BlockId> out, Urgency urgency) {
   }
   guarded_ = 0;
   took_blocks_ = true;
+  polls_ = 0;
   Changed();
   return true;
+}
+
+bool Pool::TryAlloc(absl::Span<BlockId> out) {
+  MutexLock lock(&mu_);
+  if (closed_ || gone_ || !table_.Alloc(out)) return false;
+  took_blocks_ = true;
+  polls_ = 0;
+  Changed();
+  return true;
+}
+
+absl::StatusOr<bool> Pool::AllocAt(absl::Span<const BlockId> blocks,
+                                   absl::Duration timeout) {
+  MutexLock lock(&mu_);
+  if (slots_ != Slots::kOwn) {
+    return absl::FailedPreconditionError(
+        "the broker chooses the pages of this pool, so blocks cannot be chosen");
+  }
+  const absl::Time give_up = clock_.Now() + timeout;
+  std::vector<Sequence> questions;
+  std::set<PageIndex> asked;
+  while (true) {
+    if (closed_ || gone_) {
+      return absl::FailedPreconditionError("the pool is closed");
+    }
+    ASSIGN_OR_RETURN(Placement placement, Place(blocks));
+    if (placement.ready) break;
+    const absl::Time now = clock_.Now();
+    // What was asked for and is absent again was refused, or not mapped.
+    const bool refused =
+        std::any_of(placement.absent.begin(), placement.absent.end(),
+                    [&](PageIndex page) { return asked.contains(page); });
+    if (refused || !connected_ || now >= give_up) {
+      Withdraw(questions);
+      return false;
+    }
+    if (!placement.absent.empty()) {
+      asked.insert(placement.absent.begin(), placement.absent.end());
+      questions.push_back(AskFor(std::move(placement.absent), give_up - now));
+    }
+    ++missing_;
+    memory_came_.WaitWithDeadline(&mu_, absl::Now() + (give_up - now));
+    --missing_;
+  }
+  RETURN_IF_ERROR(table_.AllocAt(blocks));
+  guarded_ = 0;
+  Changed();
+  return true;
+}
+
+absl::StatusOr<Pool::Placement> Pool::Place(
+    absl::Span<const BlockId> blocks) {
+  Placement placement;
+  std::set<PageIndex> absent;
+  for (BlockId block : blocks) {
+    if (block < 0 || block >= table_.geometry().block_ids()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("Block is not of this pool; block: ", block,
+                       ", blocks: ", table_.geometry().block_ids()));
+    }
+    const PageIndex page = table_.page_of(block);
+    const BlockState state = table_.block_state(block);
+    if (block < table_.geometry().FirstBlock(page) ||
+        block >= table_.geometry().EndBlock(page)) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "Block straddles two pages and is never backed; block: ", block));
+    }
+    if (state != BlockState::kFree && state != BlockState::kUnbacked) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "Block is not free; block: ", block, ", state: ", Name(state)));
+    }
+    if (block == kNullBlock && reserves_null_block()) {
+      return absl::InvalidArgumentError("Block 0 is the null block");
+    }
+    const PageState stands = table_.page_state(page);
+    if (stands == PageState::kAbsent) absent.insert(page);
+    placement.ready &=
+        stands == PageState::kBacked &&
+        table_.page_tier(page) <= PageTier::kInUse;
+  }
+  placement.absent.assign(absent.begin(), absent.end());
+  return placement;
+}
+
+Sequence Pool::AskFor(std::vector<PageIndex> pages, absl::Duration deadline) {
+  Question question;
+  question.sequence = session_.NextSequence();
+  question.urgency = Urgency::kRunning;
+  question.direct = true;
+  question.at_least = question.want = static_cast<PageCount>(pages.size());
+  for (PageIndex page : pages) KVB_CHECK(table_.TakeAbsentAt(page).ok());
+  question.pages = std::move(pages);
+  Acquire acquire;
+  acquire.sequence = question.sequence;
+  acquire.pool = id_;
+  acquire.want = acquire.at_least = question.want;
+  acquire.indexes = question.pages;
+  acquire.urgency = question.urgency;
+  acquire.deadline = deadline;
+  const Sequence sequence = question.sequence;
+  questions_.push_back(std::move(question));
+  session_.Send(std::move(acquire));
+  return sequence;
+}
+
+void Pool::Withdraw(absl::Span<const Sequence> questions) {
+  for (Question& question : questions_) {
+    if (question.cancelled ||
+        std::find(questions.begin(), questions.end(), question.sequence) ==
+            questions.end()) {
+      continue;
+    }
+    question.cancelled = true;
+    session_.Send(Cancel{question.sequence});
+  }
+}
+
+absl::Status Pool::SetBlocks(Bytes block_bytes, uint32_t max_blocks,
+                             bool reserve_null_block) {
+  MutexLock lock(&mu_);
+  BlockGeometry geometry = table_.geometry();
+  geometry.block_bytes = block_bytes;
+  geometry.max_blocks = max_blocks;
+  geometry.reserve_null_block = reserve_null_block;
+  if (geometry == table_.geometry()) return absl::OkStatus();
+  const size_t taken = table_.pages(PageState::kRequested) +
+                       table_.pages(PageState::kBacked) +
+                       table_.pages(PageState::kReturning);
+  if (taken > 0 || !questions_.empty() || closed_) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        "a pool's blocks can be changed while it holds no page and asks for "
+        "none; pages: ",
+        taken));
+  }
+  ASSIGN_OR_RETURN(BlockTable table, BlockTable::Create(geometry));
+  if (slots_ == Slots::kBrokers &&
+      table.pages(PageState::kAbsent) < geometry.max_pages) {
+    return absl::InvalidArgumentError(
+        "in a slab each page has to hold a whole block");
+  }
+  table.SetNow(clock_.Now());
+  table.CompleteStep(table_.completed_step());
+  table_ = std::move(table);
+  return absl::OkStatus();
 }
 
 absl::Status Pool::Free(absl::Span<const BlockId> blocks) {
@@ -152,7 +300,36 @@ bool Pool::Touch(absl::Span<const BlockId> blocks,
 
 BlockGeneration Pool::generation(BlockId block) {
   MutexLock lock(&mu_);
-  return table_.generation(block);
+  return HasBlock(block) ? table_.generation(block) : 0;
+}
+
+BlockState Pool::block_state(BlockId block) {
+  MutexLock lock(&mu_);
+  return HasBlock(block) ? table_.block_state(block) : BlockState::kUnbacked;
+}
+
+std::vector<BlockId> Pool::UsedBlocks() {
+  MutexLock lock(&mu_);
+  std::vector<BlockId> used;
+  used.reserve(table_.used_blocks());
+  for (BlockId block = 0; block < table_.geometry().block_ids(); ++block) {
+    if (table_.block_state(block) == BlockState::kUsed) used.push_back(block);
+  }
+  return used;
+}
+
+size_t Pool::page_used_blocks(PageIndex page) {
+  MutexLock lock(&mu_);
+  if (page.value() >= options_.geometry.max_pages ||
+      table_.page_state(page) != PageState::kBacked) {
+    return 0;
+  }
+  return table_.page_used_blocks(page);
+}
+
+BlockGeometry Pool::block_geometry() {
+  MutexLock lock(&mu_);
+  return table_.geometry();
 }
 
 size_t Pool::DrainRemovals(absl::Span<BlockRemoval> out) {
@@ -163,8 +340,18 @@ size_t Pool::DrainRemovals(absl::Span<BlockRemoval> out) {
 size_t Pool::available_blocks() {
   MutexLock lock(&mu_);
   if (gone_) return 0;
-  return table_.allocatable_blocks() +
-         static_cast<size_t>(promised_pages(clock_.Now())) * blocks_per_page_;
+  if (options_.grow_when_polled && ++polls_ == kPollsOfHunger) {
+    hungry_ = true;
+    session_.Wake();
+  }
+  const size_t mapped = table_.allocatable_blocks();
+  const PageCount promised =
+      arriving_ + credit_ > 0 ? promised_pages(clock_.Now()) : 0;
+  if (promised == 0) return mapped;
+  // The last page may hold less than the others.
+  return std::min(mapped + static_cast<size_t>(promised) * blocks_per_page(),
+                  static_cast<size_t>(table_.geometry().block_ids()) -
+                      table_.used_blocks() - reserves_null_block());
 }
 
 size_t Pool::capacity_blocks() {
@@ -172,8 +359,10 @@ size_t Pool::capacity_blocks() {
   PageCount pages = std::min<PageCount>(
       std::min(max_, capacity_) / options_.geometry.page_bytes(),
       options_.geometry.max_pages);
-  size_t blocks = static_cast<size_t>(pages) * blocks_per_page_;
-  return options_.reserve_null_block && blocks > 0 ? blocks - 1 : blocks;
+  const size_t blocks =
+      std::min(static_cast<size_t>(pages) * blocks_per_page(),
+               static_cast<size_t>(table_.geometry().block_ids()));
+  return reserves_null_block() && blocks > 0 ? blocks - 1 : blocks;
 }
 
 bool Pool::Reserve(size_t blocks, absl::Duration timeout) {
@@ -212,12 +401,22 @@ bool Pool::Reserve(size_t blocks, absl::Duration timeout) {
     if (now >= give_up) break;
     memory_came_.WaitWithDeadline(&mu_, absl::Now() + (give_up - now));
   }
-  for (Question& q : questions_) {
-    if (q.sequence != question || q.cancelled) continue;
-    q.cancelled = true;
-    session_.Send(Cancel{question});
-  }
+  Withdraw({question});
   return false;
+}
+
+PageCount Pool::Trim() {
+  MutexLock lock(&mu_);
+  if (closed_ || gone_) return 0;
+  const absl::Time give_up = absl::Now() + kTrimPatience;
+  trim_ = true;
+  trimmed_ = 0;
+  session_.Wake();
+  while (trim_ && !closed_ && absl::Now() < give_up) {
+    memory_came_.WaitWithDeadline(&mu_, give_up);
+  }
+  trim_ = false;
+  return trimmed_;
 }
 
 void Pool::StepBegin() {
@@ -275,14 +474,14 @@ PageCount Pool::MissingPages(size_t blocks) {
   if (blocks <= table_.allocatable_blocks()) return 0;
   size_t missing = blocks - table_.allocatable_blocks();
   // Where the broker chooses, the null block's page may be another's.
-  if (options_.reserve_null_block && slots_ == Slots::kOwn &&
+  if (reserves_null_block() && slots_ == Slots::kOwn &&
       table_.page_state(PageIndex(0)) != PageState::kBacked) {
     ++missing;  // it is on the first page that comes
   }
   // Where blocks straddle pages, some hold one less: the next try asks for what
   // is missing then.
-  return static_cast<PageCount>((missing + blocks_per_page_ - 1) /
-                                blocks_per_page_);
+  return static_cast<PageCount>((missing + blocks_per_page() - 1) /
+                                blocks_per_page());
 }
 
 void Pool::Heed(const absl::Status& of_mapper) {
@@ -335,7 +534,7 @@ void Pool::Changed() {
 Pool::Question* Pool::QuestionOf(Urgency urgency) {
   for (Question& question : questions_) {
     if (question.urgency == urgency && !question.credit &&
-        !question.cancelled) {
+        !question.direct && !question.cancelled) {
       return &question;
     }
   }
@@ -402,7 +601,8 @@ void Pool::OnGranted(const Granted& granted,
     session_.Send(std::move(mapped));
     return;
   }
-  const bool for_a_wish = question->urgency != Urgency::kSpeculative;
+  const bool for_a_wish =
+      question->urgency != Urgency::kSpeculative && !question->direct;
   for (size_t i = 0; i < granted.pages.size(); ++i) {
     const PageName name = granted.pages[i];
     if (!wanted[i]) {
@@ -426,9 +626,10 @@ void Pool::OnGranted(const Granted& granted,
     table_.SetNow(clock_.Now());
     KVB_CHECK(table_.Back(name.index, name.generation).ok());
     // By whoever waits, the wish may have been lowered for those before it.
-    if (for_a_wish && wish(question->urgency).pages > 0) {
+    const bool wished = for_a_wish && wish(question->urgency).pages > 0;
+    if (wished || question->direct) {
       const absl::Time now = clock_.Now();
-      --wish(question->urgency).pages;
+      if (wished) --wish(question->urgency).pages;
       guarded_ = guarded_pages(now) + 1;
       guarded_until_ = now + kGuard;
     }
@@ -510,7 +711,7 @@ void Pool::OnRefused(const Refused& refused) {
     if (question.cancelled) {
       for (Wish& wished : wishes_) wished.retry_at = absl::InfinitePast();
     }
-  } else if (!question.credit) {
+  } else if (!question.credit && !question.direct) {
     // A cancelled one leaves slots that the next may have been short of.
     wish(question.urgency).retry_at =
         question.cancelled ? absl::InfinitePast() : now + kAskAgain;
@@ -577,6 +778,7 @@ absl::Time Pool::Work() {
   due = std::min(due, Decay(now));
   due = std::min(due, PursueWishes(now));
   due = std::min(due, MapAhead(now));
+  due = std::min(due, GrowForPoller(now));
   return std::min(due, SendReport(now));
 }
 
@@ -592,6 +794,8 @@ std::vector<PageName> Pool::GiveUp(absl::Span<const PageIndex> pages) {
     } else {
       KVB_CHECK(table_.KeepBacked(page).ok());
     }
+    // AllocAt wants that very page.
+    if (missing_ > 0) memory_came_.SignalAll();
   }
   return gone;
 }
@@ -688,12 +892,18 @@ absl::Time Pool::Decay(absl::Time now) {
     const PageCount guarded = guarded_pages(now);
     if (guarded > 0) due = guarded_until_;
     // Who waits for more pages will need these as well.
-    if (wishes_[0].pages > 0 || wishes_[1].pages > 0) return due;
-    const PageCount keep = std::max(options_.min_reserved_pages, guarded);
+    if (!trim_ && (wishes_[0].pages > 0 || wishes_[1].pages > 0)) return due;
+    const PageCount keep =
+        trim_ ? 0 : std::max(options_.min_reserved_pages, guarded);
     const PageCount spare = idle_pages() - keep;
-    if (spare <= 0) return due;
+    if (spare <= 0) {
+      EndTrim(0);
+      return due;
+    }
     PageCount over = 0;
-    if (options_.max_reserved_pages) {
+    if (trim_) {
+      over = spare;
+    } else if (options_.max_reserved_pages) {
       over = std::clamp<PageCount>(idle_pages() - *options_.max_reserved_pages,
                                    0, spare);
     }
@@ -720,9 +930,12 @@ absl::Time Pool::Decay(absl::Time now) {
   }
   Return message;
   message.pages = GiveUp(pages);
-  if (message.pages.size() < pages.size()) {
+  {
     MutexLock lock(&mu_);
-    due = std::min(due, now + UnmapPause());
+    if (message.pages.size() < pages.size()) {
+      due = std::min(due, now + UnmapPause());
+    }
+    EndTrim(message.pages.size());
   }
   if (message.pages.empty()) return due;
   MutexLock lock(&mu_);
@@ -880,6 +1093,41 @@ absl::Time Pool::MapAhead(absl::Time now) {
   const PageCount want = DrawAhead(now);
   if (want > 0) Ask(Urgency::kSpeculative, want, 1, Sequence());
   return absl::InfiniteFuture();
+}
+
+absl::Time Pool::GrowForPoller(absl::Time now) {
+  MutexLock lock(&mu_);
+  if (!hungry_ || !connected_ || closed_ || order_ ||
+      IsPoisoned(device_error_)) {
+    return absl::InfiniteFuture();
+  }
+  if (now < ahead_after_) return ahead_after_;
+  for (const Question& question : questions_) {
+    // Its answer wakes the worker; then there is more, or a pause.
+    if (!question.credit && !question.cancelled) return absl::InfiniteFuture();
+  }
+  hungry_ = false;
+  polls_ = 0;
+  const PageCount held = held_pages();
+  const PageCount most = static_cast<PageCount>(
+      std::min(max_, capacity_) / options_.geometry.page_bytes());
+  const PageCount want = std::min(
+      std::max({held, options_.min_reserved_pages, PageCount{1}}), most - held);
+  if (want <= 0) return absl::InfiniteFuture();
+  const size_t before = questions_.size();
+  Ask(Urgency::kSpeculative, want, 1, Sequence());
+  if (questions_.size() > before) questions_.back().direct = true;
+  return absl::InfiniteFuture();
+}
+
+void Pool::EndTrim(size_t went) {
+  if (!trim_) return;
+  trimmed_ += static_cast<PageCount>(went);
+  // What a step or running work keeps goes when that is done.
+  if (idle_pages() > 0 && put_off_) return;
+  trim_ = false;
+  took_blocks_ = false;  // the reserve comes back with the next block taken
+  memory_came_.SignalAll();
 }
 
 absl::Time Pool::SendReport(absl::Time now) {

@@ -52,13 +52,19 @@ namespace kvbroker::client {
 
 struct PoolOptions {
   PoolGeometry geometry;
-  Bytes block_bytes;  // all layers together
+  // The blocks at first; SetBlocks changes them.
+  Bytes block_bytes;        // all layers together
+  uint32_t max_blocks = 0;  // ids are below it; 0: as many as fit
   bool reserve_null_block = false;
   // Slots without a page do not fault; see Mapper::Guard for what it costs.
   bool guard = false;
   // Pages kept mapped ahead of need, while there is free memory for it.
   bool map_ahead = true;
   PageCount min_reserved_pages = 5;
+  // Who asks what is available again and again, and takes nothing, wants more
+  // than that: maps twice as many pages each time, up to the limits. For engines
+  // that look before they ask and so never miss.
+  bool grow_when_polled = false;
   // Idle pages kept mapped at most; absent: until somebody needs them.
   std::optional<PageCount> max_reserved_pages;
   // Idle pages above the reserve go back after this long; infinite: never.
@@ -110,12 +116,31 @@ class Pool {
   // wait for running_miss_wait; a waiting one's leaves its wish and returns.
   // Both wait up to a second for memory that the broker has promised.
   bool Alloc(absl::Span<BlockId> out, Urgency urgency);
+  // As Alloc, of what is mapped only: waits for nothing and leaves no wish.
+  bool TryAlloc(absl::Span<BlockId> out);
+  // Exactly these blocks, whose pages are asked for where they are not mapped;
+  // all or none. False: not within `timeout`, or refused meanwhile.
+  // INVALID_ARGUMENT: one of them is used, cached, reserved or none of the pool.
+  // FAILED_PRECONDITION: the broker chooses the pages, or has gone, or the pool
+  // is closed.
+  absl::StatusOr<bool> AllocAt(absl::Span<const BlockId> blocks,
+                               absl::Duration timeout);
+  // Other blocks on the same pages. FAILED_PRECONDITION: the pool holds or asks
+  // for pages. INVALID_ARGUMENT: no such geometry; it is as it was.
+  absl::Status SetBlocks(Bytes block_bytes, uint32_t max_blocks,
+                         bool reserve_null_block);
   // See BlockTable for these; the step is the last one scheduled.
   absl::Status Free(absl::Span<const BlockId> blocks);
   absl::Status Cache(absl::Span<const BlockId> blocks);
   bool Touch(absl::Span<const BlockId> blocks,
              absl::Span<const BlockGeneration> generations);
+  // 0 for no block of the pool.
   BlockGeneration generation(BlockId block);
+  // kUnbacked for no block of the pool.
+  BlockState block_state(BlockId block);
+  std::vector<BlockId> UsedBlocks();
+  // Used blocks on the page; 0 where it is not mapped.
+  size_t page_used_blocks(PageIndex page);
   size_t DrainRemovals(absl::Span<BlockRemoval> out);
 
   // Blocks that Alloc would get now: free and evictable ones in mapped pages,
@@ -126,6 +151,9 @@ class Pool {
   // Has the broker set aside what `blocks` need and mapped pages do not have,
   // for a second. False where it cannot within `timeout`. Waits.
   bool Reserve(size_t blocks, absl::Duration timeout);
+  // Has the worker unmap and return all idle pages, the reserve too, but for
+  // those that a step keeps; waits up to a second. How many went.
+  PageCount Trim();
 
   void StepBegin();
   void StepEnd(StepId scheduled);
@@ -140,10 +168,11 @@ class Pool {
   // not work for this process, it says so and what to do: blocks that are taken
   // stay taken, no page comes or goes, and Close ends all the same.
   absl::Status health();
-  // REQUIRES the contiguous layout for `block_data`.
+  // REQUIRES: the contiguous layout, and no SetBlocks.
   std::byte* block_data(BlockId block) const {
     return mapper_->region(0) + block * options_.block_bytes.count();
   }
+  BlockGeometry block_geometry();
   Mapper& mapper() { return *mapper_; }
   const PoolOptions& options() const { return options_; }
 
@@ -188,6 +217,8 @@ class Pool {
     Sequence sequence;
     Urgency urgency = Urgency::kWaiting;
     bool credit = false;
+    // Of AllocAt, or for who polls: no wish stands behind it.
+    bool direct = false;
     PageCount at_least = 0;
     PageCount want = 0;
     // The slots for them; none where the broker chooses.
@@ -211,6 +242,28 @@ class Pool {
   // Idle pages that came for a wish and must not be taken before its next try.
   PageCount guarded_pages(absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   PageCount MissingPages(size_t blocks) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  size_t blocks_per_page() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
+    return static_cast<size_t>(table_.geometry().max_blocks_per_page());
+  }
+  bool HasBlock(BlockId block) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
+    return block >= 0 && block < table_.geometry().block_ids();
+  }
+  bool reserves_null_block() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
+    return table_.geometry().reserve_null_block;
+  }
+  // Of blocks for AllocAt: the pages that are still to be asked for; whether all
+  // can be taken at once.
+  struct Placement {
+    std::vector<PageIndex> absent;
+    bool ready = true;
+  };
+  absl::StatusOr<Placement> Place(absl::Span<const BlockId> blocks)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void Withdraw(absl::Span<const Sequence> questions)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Asks for exactly these pages.
+  Sequence AskFor(std::vector<PageIndex> pages, absl::Duration deadline)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Pages on their way, or set aside by the broker.
   PageCount promised_pages(absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
     return arriving_ + (now < credit_until_ ? credit_ : 0);
@@ -236,6 +289,9 @@ class Pool {
   absl::Time Decay(absl::Time now) ABSL_LOCKS_EXCLUDED(mu_);
   absl::Time PursueWishes(absl::Time now) ABSL_LOCKS_EXCLUDED(mu_);
   absl::Time MapAhead(absl::Time now) ABSL_LOCKS_EXCLUDED(mu_);
+  absl::Time GrowForPoller(absl::Time now) ABSL_LOCKS_EXCLUDED(mu_);
+  // Decay has returned `went` pages; Trim may be done.
+  void EndTrim(size_t went) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   absl::Time SendReport(absl::Time now) ABSL_LOCKS_EXCLUDED(mu_);
   absl::Time Leave(absl::Time now) ABSL_LOCKS_EXCLUDED(mu_);
   // Unmaps RETURNING pages; what could be unmapped is gone from the table.
@@ -250,7 +306,6 @@ class Pool {
   const std::unique_ptr<Mapper> mapper_;
   PoolSession& session_;
   Clock& clock_;
-  const size_t blocks_per_page_;
 
   Mutex mu_;
   CondVar memory_came_;
@@ -288,6 +343,14 @@ class Pool {
   PageCount ahead_below_ ABSL_GUARDED_BY(mu_);  // with fewer idle ones
   absl::Time ahead_asked_at_ ABSL_GUARDED_BY(mu_) = absl::InfinitePast();
   absl::Time ahead_after_ ABSL_GUARDED_BY(mu_) = absl::InfinitePast();
+
+  // Grow when polled: looks since the last block was taken, and whether that was
+  // often enough to grow.
+  int polls_ ABSL_GUARDED_BY(mu_) = 0;
+  bool hungry_ ABSL_GUARDED_BY(mu_) = false;
+  // Trim waits for Decay to do it.
+  bool trim_ ABSL_GUARDED_BY(mu_) = false;
+  PageCount trimmed_ ABSL_GUARDED_BY(mu_) = 0;
 
   std::optional<Reclaim> order_ ABSL_GUARDED_BY(mu_);  // in force
   Revision last_order_ ABSL_GUARDED_BY(mu_);

@@ -483,11 +483,13 @@ void Session::Process(const Opened& opened) {
   }
   if (!resumes) {
     for (auto& pool : pools_) {
-      const Bytes page = pool->options().geometry.page_bytes();
-      const Bytes block = pool->options().block_bytes;
+      const BlockGeometry blocks = pool->block_geometry();
+      const Bytes page = blocks.page_bytes;
+      const Bytes block = blocks.block_bytes;
       // Where the broker chooses places, it may choose such a page for ever.
       if (!opened.slab.empty() && page.count() % block.count() != 0 &&
-          block * 2 > page) {
+          (block * 2 > page ||
+           blocks.BlocksOn(PageIndex(blocks.max_pages - 1)) == 0)) {
         return LeaveAlone(absl::InvalidArgumentError(absl::StrCat(
             "in a slab (", opened.backend,
             ") each page has to hold a whole block: make pages a multiple of the "

@@ -95,6 +95,9 @@ class Session:
     def instance(self) -> str:
         """The name in force; differs from the wish where that was taken."""
     @property
+    def joined_pids(self) -> str:
+        """Other processes that had the name already, with commas; "" for none."""
+    @property
     def device(self) -> int:
         """The CUDA ordinal in this process of the GPU whose memory it is; -1: host."""
     @property
@@ -108,7 +111,8 @@ class Session:
         """An operator's limit for the whole instance; in force when it returns."""
     def make_room(self, declared_peak: int, timeout_ms: int) -> None: ...
     def close(self) -> None:
-        """Idempotent. Waits up to a second for work that keeps pages."""
+        """Idempotent. Waits for calls in other threads, and up to a second for
+        work that keeps pages."""
 
 class Pool:
     """One KV pool. Any thread; of a closed session every call raises Error."""

@@ -1,0 +1,158 @@
+// kvcached._C: see _C.pyi.
+#include <pthread.h>
+
+#include "engine_patches/native/python.h"
+//
+#include "engine_patches/native/pending.h"
+#include "proto/version.h"
+
+namespace kvbroker::python {
+namespace {
+
+PyCFunction WithKeywords(PyCFunctionWithKeywords function) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function));
+}
+
+// The library's text as a str, which frees it.
+PyObject* TakeText(char* text) {
+  PyObject* result = PyUnicode_FromString(text);
+  kvb_text_free(text);
+  return result;
+}
+
+PyObject* GpuUuid(PyObject*, PyObject* argument) {
+  const long ordinal = PyLong_AsLong(argument);
+  if (ordinal == -1 && PyErr_Occurred() != nullptr) return nullptr;
+  char* uuid = nullptr;
+  char* error = nullptr;
+  kvb_code code;
+  {
+    WithoutGil without;
+    code = kvb_gpu_uuid(static_cast<int>(ordinal), &uuid, &error);
+  }
+  if (code != KVB_OK) return RaiseAndFree(code, error);
+  return TakeText(uuid);
+}
+
+using List = kvb_code(const char*, const char*, int64_t, char**, char**);
+
+PyObject* CallList(PyObject* args, PyObject* keywords, const char* format,
+                   List* list) {
+  static const char* kNames[] = {"address", "gpu", "timeout_ms", nullptr};
+  const char *address = nullptr, *gpu = nullptr;
+  long long timeout = 10'000;
+  if (!PyArg_ParseTupleAndKeywords(args, keywords, format,
+                                   const_cast<char**>(kNames), &address, &gpu,
+                                   &timeout)) {
+    return nullptr;
+  }
+  char* json = nullptr;
+  char* error = nullptr;
+  kvb_code code;
+  {
+    WithoutGil without;
+    code = list(address, gpu, timeout, &json, &error);
+  }
+  if (code != KVB_OK) return RaiseAndFree(code, error);
+  return TakeText(json);
+}
+
+PyObject* ListInstances(PyObject*, PyObject* args, PyObject* keywords) {
+  return CallList(args, keywords, "|zzL:list_instances", kvb_list_instances);
+}
+
+PyObject* ListBrokers(PyObject*, PyObject* args, PyObject* keywords) {
+  return CallList(args, keywords, "|zzL:list_brokers", kvb_list_brokers);
+}
+
+// Whether the module could be filled.
+bool Fill(PyObject* module) {
+  error_type = PyErr_NewExceptionWithDoc(
+      "kvcached._C.Error",
+      "What the library answers; `code` is one of google.rpc.Code.",
+      PyExc_RuntimeError, nullptr);
+  if (error_type == nullptr) return false;
+  Ref unknown(PyLong_FromLong(KVB_INTERNAL));
+  PyObject* session = MakeSessionType();
+  PyObject* pool = MakePoolType();
+  if (unknown == nullptr || session == nullptr || pool == nullptr ||
+      PyObject_SetAttrString(error_type, "code", unknown.get()) != 0) {
+    return false;
+  }
+  const struct {
+    const char* name;
+    PyObject* object;
+  } objects[] = {{"Error", error_type}, {"Session", session}, {"Pool", pool}};
+  for (const auto& [name, object] : objects) {
+    Py_INCREF(object);  // which AddObject takes, where it succeeds
+    if (PyModule_AddObject(module, name, object) != 0) return false;
+  }
+  const struct {
+    const char* name;
+    long value;
+  } numbers[] = {
+      {"ABI_VERSION", kvb_abi_version()},
+      {"NOW", 1},
+      {"WAITING", KVB_WAITING},
+      {"RUNNING", KVB_RUNNING},
+      {"UNBACKED", KVB_BLOCK_UNBACKED},
+      {"FREE", KVB_BLOCK_FREE},
+      {"USED", KVB_BLOCK_USED},
+      {"CACHED", KVB_BLOCK_CACHED},
+      {"RESERVED", KVB_BLOCK_RESERVED},
+      {"INVALID_ARGUMENT", KVB_INVALID_ARGUMENT},
+      {"DEADLINE_EXCEEDED", KVB_DEADLINE_EXCEEDED},
+      {"NOT_FOUND", KVB_NOT_FOUND},
+      {"PERMISSION_DENIED", KVB_PERMISSION_DENIED},
+      {"RESOURCE_EXHAUSTED", KVB_RESOURCE_EXHAUSTED},
+      {"FAILED_PRECONDITION", KVB_FAILED_PRECONDITION},
+      {"INTERNAL", KVB_INTERNAL},
+      {"UNAVAILABLE", KVB_UNAVAILABLE},
+  };
+  for (const auto& [name, value] : numbers) {
+    if (PyModule_AddIntConstant(module, name, value) != 0) return false;
+  }
+  PyObject* forever = PyLong_FromLongLong(KVB_FOREVER);
+  if (forever == nullptr) return false;
+  if (PyModule_AddObject(module, "FOREVER", forever) != 0) {
+    Py_DECREF(forever);
+    return false;
+  }
+  return PyModule_AddStringConstant(module, "VERSION", kVersion) == 0;
+}
+
+PyObject* MakeModule() {
+  static PyMethodDef functions[] = {
+      {"gpu_uuid", GpuUuid, METH_O, "gpu_uuid(ordinal)"},
+      {"list_instances", WithKeywords(ListInstances),
+       METH_VARARGS | METH_KEYWORDS,
+       "list_instances(address=None, gpu=None, timeout_ms=10000): JSON"},
+      {"list_brokers", WithKeywords(ListBrokers), METH_VARARGS | METH_KEYWORDS,
+       "list_brokers(address=None, gpu=None, timeout_ms=10000): JSON"},
+      {nullptr, nullptr, 0, nullptr}};
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT,
+      "_C",
+      "The native part of kvcached: sessions with a broker, pools of KV blocks.",
+      -1,
+      functions,
+      nullptr,
+      nullptr,
+      nullptr,
+      nullptr};
+  PyObject* module = PyModule_Create(&definition);
+  if (module == nullptr || Fill(module)) return module;
+  Py_DECREF(module);
+  return nullptr;
+}
+
+}  // namespace
+}  // namespace kvbroker::python
+
+PyMODINIT_FUNC PyInit__C() {
+  using kvbroker::python::fork_generation;
+  if (pthread_atfork(nullptr, nullptr, [] { ++fork_generation; }) != 0) {
+    return PyErr_NoMemory();
+  }
+  return kvbroker::python::MakeModule();
+}
