@@ -116,25 +116,25 @@ def _instance_lines(
     figures_width = sum(widths) + 2 * len(widths)
     bar_width = max(_NARROWEST_BAR, min(60, width - name_width - figures_width - 20))
 
-    def figures(cells: Sequence[str]) -> str:
-        return "".join("  " + cell.rjust(w) for cell, w in zip(cells, widths))
+    def padded(cells: Sequence[str]) -> List[str]:
+        return ["  " + cell.rjust(w) for cell, w in zip(cells, widths)]
 
-    top = "NAME".ljust(name_width + 1) + " " * bar_width + figures(heads) + "  PIDS"
+    top = "NAME".ljust(name_width + 1) + " " * bar_width + "".join(padded(heads)) + "  PIDS"
     lines: List[Line] = [[(top, "bold")]]
     for instance, (cells, rest) in zip(instances, rows):
         limit, used = int(instance["limit_bytes"]), int(instance["used_bytes"])
         style = color_of(used, limit)
-        whole = min(limit, capacity) if capacity else limit
         parts = [
             ("#", used, style),
             ("=", int(instance["cached_bytes"]), ""),
             ("-", int(instance["idle_bytes"]), ""),
         ]
         line: Line = [(instance["ipc"][:name_width].ljust(name_width + 1), "")]
-        line += bar(bar_width, parts, whole)
-        line += [(figures(cells[:2]), ""), (figures(["", "", cells[2]])[-widths[2] - 2 :], style)]
-        line += [(figures(cells)[sum(widths[:3]) + 6 :] + rest, "")]
-        lines.append(line)
+        line += bar(bar_width, parts, min(limit, capacity) if capacity else limit)
+        line += [
+            (cell, style if head == "%" else "") for head, cell in zip(heads, padded(cells))
+        ]
+        lines.append([*line, (rest, "")])
     return lines
 
 
