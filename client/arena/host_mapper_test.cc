@@ -65,6 +65,21 @@ TEST(HostMapperDeathTest, AnUnmappedPageFaults) {
   EXPECT_DEATH(static_cast<void>(*at), "");
 }
 
+TEST(HostMapperTest, AddressesThatAreKeptAreNobodysOnceTheMapperIsGone) {
+  auto mapper = *HostMapper::Create(Contiguous());
+  ASSERT_TRUE(mapper->Map(PageIndex(2), MakePage(Contiguous())).ok());
+  std::byte* const at = mapper->region(0) + 2 * KiB(8).count();
+  *at = std::byte{7};
+  std::shared_ptr<void> range = mapper->range();
+  EXPECT_EQ(range.get(), mapper->region(0));
+  mapper.reset();
+  EXPECT_EQ(*at, std::byte{0});
+  *at = std::byte{1};  // lost
+  // Nobody else is put there.
+  auto other = *HostMapper::Create(Contiguous());
+  EXPECT_NE(other->region(0), range.get());
+}
+
 TEST(HostMapperTest, DoesNotUnmapUnderRunningWork) {
   auto mapper = *HostMapper::Create(Contiguous());
   ASSERT_TRUE(mapper->Map(PageIndex(0), MakePage(Contiguous())).ok());

@@ -50,6 +50,18 @@ TEST(BlockGeometryTest, APageShorterThanTwoBlocksMayHoldNone) {
   EXPECT_EQ(geometry.BlocksOn(PageIndex(5)), 1);
 }
 
+TEST(BlockGeometryTest, IdsEndWhereTheCallerWantsThemTo) {
+  BlockGeometry geometry = Geometry(64, 16, 3);
+  geometry.max_blocks = 6;
+  ASSERT_TRUE(geometry.Validate().ok());
+  EXPECT_EQ(geometry.block_ids(), 6);
+  EXPECT_EQ(geometry.BlocksOn(PageIndex(0)), 4);
+  EXPECT_EQ(geometry.BlocksOn(PageIndex(1)), 2);
+  EXPECT_EQ(geometry.BlocksOn(PageIndex(2)), 0);
+  geometry.max_blocks = 13;
+  EXPECT_THAT(MessageOf(geometry), HasSubstr("asked for: 13"));
+}
+
 TEST(BlockGeometryTest, PagesOfALargePoolDoNotOverflow) {
   const BlockGeometry geometry{
       .page_bytes = MiB(128), .block_bytes = KiB(8), .max_pages = 1u << 16};

@@ -26,6 +26,7 @@ BlockTableModel::BlockTableModel(const BlockGeometry& geometry)
     const int64_t first_page = block * block_bytes / page_bytes;
     const int64_t last_page = ((block + 1) * block_bytes - 1) / page_bytes;
     if (first_page != last_page) continue;
+    if (geometry.max_blocks > 0 && block >= geometry.max_blocks) break;
     blocks_[block];
     blocks_of_[first_page].push_back(block);
   }
@@ -168,6 +169,19 @@ bool BlockTableModel::AllAre(const Blocks& blocks, BlockState state) const {
          std::all_of(blocks.begin(), blocks.end(), [&](BlockId block) {
            return blocks_.contains(block) && blocks_.at(block).state == state;
          });
+}
+
+bool BlockTableModel::AllocAt(const Blocks& blocks) {
+  if (!AllAre(blocks, BlockState::kFree)) return false;
+  for (BlockId block : blocks) {
+    if (!IsOpenWithFree(geometry_.PageOf(block).value())) return false;
+  }
+  // As one step: a page that is in use before is in use all along.
+  for (BlockId block : blocks) {
+    blocks_[block].state = BlockState::kUsed;
+    Retier(geometry_.PageOf(block).value());
+  }
+  return true;
 }
 
 bool BlockTableModel::Free(const Blocks& blocks, StepId step) {

@@ -34,6 +34,7 @@ class BlockTableModel {
   bool Back(uint32_t page);
   bool Abandon(uint32_t page);
   std::string Alloc(size_t count, bool ok, const Blocks& chosen);
+  bool AllocAt(const Blocks& blocks);
   bool Free(const Blocks& blocks, StepId step);
   bool Cache(const Blocks& blocks, StepId step);
   bool Touch(const Blocks& blocks, const std::vector<BlockGeneration>& wanted);

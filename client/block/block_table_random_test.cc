@@ -33,6 +33,8 @@ enum Op {
   kBack,           // which
   kAbandon,        // which
   kAlloc,          // count
+  kAllocAt,        // which, count
+  kAllocAtWrongly,  // which, kind of mistake
   kFree,           // which, count
   kCache,          // which, count
   kTouch,          // which, count
@@ -57,7 +59,8 @@ enum Op {
 
 constexpr const char* kOpNames[] = {
     "kTakeAbsent",  "kTakeAbsentAt",  "kBack",         "kAbandon",
-    "kAlloc",       "kFree",          "kCache",        "kTouch",
+    "kAlloc",       "kAllocAt",       "kAllocAtWrongly",
+    "kFree",        "kCache",         "kTouch",
     "kUncache",     "kTrimCached",    "kDrain",        "kFreeWrongly",
     "kBackWrongly", "kTick",          "kCompleteStep", "kTakeClosed",
     "kTakeIdle",    "kTakeIdleSince", "kTakeCached",   "kClose",
@@ -78,7 +81,7 @@ std::string AsCode(const BlockGeometry& geometry,
       "TEST(BlockTableRegressionTest, NameMe) {\n  EXPECT_EQ(Replay(Geometry(",
       geometry.page_bytes.count(), ", ", geometry.block_bytes.count(), ", ",
       geometry.max_pages, ", ", geometry.reserve_null_block ? "true" : "false",
-      "), {\n");
+      ", ", geometry.max_blocks, "), {\n");
   for (const Instruction& it : instructions) {
     absl::StrAppend(&code, "      {", kOpNames[it.op], ", ", it.a, ", ", it.b,
                     "},\n");
@@ -124,6 +127,22 @@ class SideBySide {
         Blocks blocks(it.a);
         const bool ok = table_.Alloc(absl::MakeSpan(blocks));
         return model_.Alloc(it.a, ok, blocks);
+      }
+      case kAllocAt: {
+        const Blocks blocks = Some(BlockState::kFree, it);
+        return Same(table_.AllocAt(blocks).ok(), model_.AllocAt(blocks));
+      }
+      case kAllocAtWrongly: {
+        Blocks blocks = Some(BlockState::kFree, {kAllocAt, it.a, 3});
+        const Blocks mistakes = {
+            blocks.empty() ? -7 : blocks.front(),
+            -1,
+            table_.geometry().block_ids(),
+            Which(model_.BlocksIn(BlockState::kUsed), it.a),
+            Which(model_.BlocksIn(BlockState::kCached), it.a),
+            Which(model_.BlocksIn(BlockState::kUnbacked), it.a)};
+        blocks.push_back(mistakes[it.b % mistakes.size()]);
+        return Same(table_.AllocAt(blocks).ok(), model_.AllocAt(blocks));
       }
       case kFree: {
         const Blocks blocks = Some(BlockState::kUsed, it);
@@ -289,10 +308,12 @@ class SideBySide {
 };
 
 BlockGeometry Geometry(int64_t page_bytes, int64_t block_bytes,
-                       uint32_t max_pages, bool reserve_null_block) {
+                       uint32_t max_pages, bool reserve_null_block,
+                       uint32_t max_blocks = 0) {
   return {.page_bytes = Bytes(page_bytes),
           .block_bytes = Bytes(block_bytes),
           .max_pages = max_pages,
+          .max_blocks = max_blocks,
           .reserve_null_block = reserve_null_block};
 }
 
@@ -353,7 +374,8 @@ std::vector<Instruction> RandomInstructions(std::mt19937& random,
     const Op op = static_cast<Op>(ops(random));
     Instruction it{op, below(batch + 1), below(batch + 1)};
     if (op == kFree || op == kCache || op == kUncache || op == kTouch ||
-        op == kFreeWrongly || op == kBackWrongly || op == kTakeAbsentAt) {
+        op == kFreeWrongly || op == kBackWrongly || op == kTakeAbsentAt ||
+        op == kAllocAt || op == kAllocAtWrongly) {
       it.a = below(op == kTakeAbsentAt ? 16 : 64);
     }
     instructions.push_back(it);
@@ -389,12 +411,15 @@ INSTANTIATE_TEST_SUITE_P(
                       Geometry(70, 15, 5, false),  // straddles of all offsets
                       Geometry(18, 15, 9, true),   // pages that hold no block
                       Geometry(16, 16, 12, true),  // a block is a page
+                      // ends within a page, and pages without a block
+                      Geometry(64, 16, 6, true, 14),
                       Geometry(90, 1, 2, false)),  // more than 64 a page
     [](const auto& info) {
       const BlockGeometry& geometry = info.param;
       return absl::StrCat("Page", geometry.page_bytes.count(), "Block",
                           geometry.block_bytes.count(),
-                          geometry.reserve_null_block ? "NullBlock" : "");
+                          geometry.reserve_null_block ? "NullBlock" : "",
+                          geometry.max_blocks > 0 ? "Cut" : "");
     });
 
 }  // namespace
