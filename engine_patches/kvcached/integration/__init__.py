@@ -1,0 +1,1 @@
+"""What engines call, one folder an engine."""

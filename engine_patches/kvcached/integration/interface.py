@@ -1,0 +1,80 @@
+"""What the engines' interfaces have in common."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from kvcached.kv_cache_manager import KVCacheManager
+from kvcached.runtime import Group, runtime
+from kvcached.tensors import KVShape, make_tensors
+
+if TYPE_CHECKING:
+    import torch
+
+
+def init(
+    engine: str,
+    tp_rank: int,
+    tp_size: int,
+    is_worker: bool,
+    device: object,
+    async_sched: bool,
+    world_size: int | None,
+    pp_rank: int,
+) -> None:
+    """``world_size`` is another name of ``tp_size``."""
+    if world_size is not None:
+        if tp_size not in (1, world_size):
+            raise ValueError(f"tp_size is {tp_size}, but world_size is {world_size}")
+        tp_size = world_size
+    runtime.init(
+        engine=engine,
+        tp_rank=tp_rank,
+        tp_size=tp_size,
+        pp_rank=pp_rank,
+        is_worker=is_worker,
+        device=device,
+        async_sched=async_sched,
+    )
+
+
+def itemsize_of(dtype: torch.dtype) -> int:
+    """Bytes of an element. Raises ValueError for what is no dtype of torch."""
+    import torch
+
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype must be one of torch, not {dtype!r}")
+    return dtype.itemsize
+
+
+class Made(NamedTuple):
+    group: Group
+    flat: torch.Tensor  # the whole range, uint8
+    tensors: list[torch.Tensor]
+
+
+def make(shape: KVShape, dtype: torch.dtype, device: object, group_id: int) -> Made:
+    """Opens the group's pool where it is not open yet, and makes the tensors."""
+    runtime.use_device(device)
+    layout = shape.layout(runtime.page_bytes, runtime.contiguous)
+    group = runtime.open_for_tensors(group_id, layout, shape.itemsize)
+    flat = group.flat()
+    return Made(group, flat, make_tensors(flat, dtype, shape.views(group.layout)))
+
+
+def blocks_of_group(num_blocks: int | None, block_size: int, cell_size: int, group_id: int) -> int:
+    """``num_blocks``, or where it is None as many as the group's tensors have."""
+    if num_blocks is not None:
+        return num_blocks
+    group = runtime.find_group(group_id)
+    if group is None:
+        raise ValueError(
+            f"num_blocks=None needs KV cache tensors of group {group_id} made by alloc_kv_cache()"
+        )
+    return group.layout.blocks * group.layout.unit_bytes // (block_size * cell_size)
+
+
+def make_manager(integration: str, *args: Any, **keywords: Any) -> KVCacheManager:
+    manager = KVCacheManager(*args, async_sched=runtime.async_sched, **keywords)
+    manager.integration = integration
+    return manager

@@ -1,0 +1,392 @@
+"""KVCacheManager: block ids for an engine's scheduler, backed by borrowed memory."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from kvcached.log import get_kvcached_logger
+from kvcached.runtime import Group, runtime
+from kvcached.tensors import PoolLayout
+
+if TYPE_CHECKING:
+    from kvcached import _C
+
+_UNITS = {"bytes": 1, "kb": 1 << 10, "mb": 1 << 20, "gb": 1 << 30}
+LIMIT_REASONS = {
+    "deferred": "inuse_capacity_above_limit",
+    "conflict": "revision_reused_with_different_limit",
+}
+
+
+class KVCacheManager:
+    """Hands out the blocks of one KV group. Any thread.
+
+    A block is ``block_size`` cells of ``cell_size`` bytes in each of ``num_kv_buffers``
+    buffers of each of ``num_layers`` layers; ids are below ``num_blocks``. With
+    ``reserve_null_block`` block 0 is always backed and never handed out.
+
+    Where the group has tensors, the manager's blocks lie in them; else the pool is
+    opened at the manager's first use. A group has one manager at a time: the blocks of
+    one that is gone are free for the next.
+
+    Methods raise RuntimeError after shutdown_kvcached(), and in a process that was
+    forked while the pool was open.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        cell_size: int,
+        num_layers: int,
+        world_size: int = 1,
+        pp_rank: int = 0,
+        async_sched: bool = False,
+        reserve_null_block: bool = False,
+        num_kv_buffers: int = 2,
+        group_id: int = 0,
+        pool_name: str | None = None,
+        defer_physical_release: bool = False,
+        own_segment: bool = False,
+    ) -> None:
+        """``async_sched``, ``defer_physical_release`` and ``own_segment`` need nothing here:
+        pages leave when running work is done with them, and limits are the instance's.
+
+        Raises RuntimeError before init_kvcached(), ValueError for figures that are not
+        positive or do not fit the group's tensors, KVCachedConfigError for blocks that
+        need larger pages, for several ranks, or where the group has a manager.
+        """
+        runtime.check_one_rank(world_size, pp_rank)
+        for name, value in (("block_size", block_size), ("cell_size", cell_size)):
+            if value <= 0:
+                raise ValueError(f"{name} must be positive, not {value}")
+        self.layout = PoolLayout(
+            layers=num_layers,
+            buffers=num_kv_buffers,
+            unit_bytes=block_size * cell_size,
+            blocks=num_blocks,
+            page_bytes=runtime.page_bytes,
+            contiguous=runtime.contiguous,
+        )
+        self.layout.check()
+        self.num_blocks = num_blocks
+        self.block_mem_size = self.layout.unit_bytes
+        self.num_layers = num_layers
+        self.num_kv_buffers = num_kv_buffers
+        self.reserve_null_block = reserve_null_block
+        self.group_id = group_id
+        self.pool_name = pool_name
+        self.integration: str | None = None
+        self.page_size = self.layout.page_bytes
+        # Of one layer's K or V.
+        self.mem_size = num_blocks * self.block_mem_size
+        self.world_size = world_size
+        self.pp_rank = pp_rank
+
+        self._sanity_check = runtime.settings.sanity_check
+        self._reserve_lock = threading.Lock()
+        self._reserved: list[int] = []
+        self._limit_lock = threading.Lock()
+        self._limit: int | None = None
+        self._limit_revision = -1
+        self._group: Group | None = None
+        self._ended: RuntimeError | None = None
+        # What alloc, free and available_size call; the pool's own once it is open.
+        self._take: Any = self._first_take
+        self._give: Any = self._first_give
+        self._available: Any = self._first_available
+        self._running = 0
+        runtime.add_manager(self)
+
+    # ---- the pool ----
+
+    @property
+    def attached(self) -> bool:
+        """Whether its pool is open."""
+        return self._group is not None
+
+    def attach(self, group: Group) -> None:
+        """For the runtime: the pool is open, and has this manager's blocks."""
+        from kvcached import _C
+
+        self._group = group
+        self._running = _C.RUNNING
+        self._take = group.pool.alloc
+        self._give = group.pool.free
+        self._available = group.pool.available
+
+    def end(self, error: RuntimeError) -> None:
+        """For the runtime: every call raises ``error`` from now on."""
+
+        def refuse(*_: object) -> NoReturn:
+            raise error.with_traceback(None)
+
+        self._ended = error
+        self._take = self._give = self._available = refuse
+
+    @property
+    def group(self) -> Group:
+        """Opened where it is not yet."""
+        if self._ended is not None:
+            raise self._ended.with_traceback(None)
+        if self._group is None:
+            runtime.open_for_manager(self)
+        assert self._group is not None
+        return self._group
+
+    @property
+    def pool(self) -> _C.Pool:
+        """The native pool, opened where it is not yet: more than this class has."""
+        return self.group.pool
+
+    def _first_take(self, count: int, urgency: int) -> list[int] | None:
+        return self.pool.alloc(count, self._running)
+
+    def _first_give(self, blocks: Sequence[int]) -> None:
+        self.pool.free(blocks)
+
+    def _first_available(self) -> int:
+        return self.pool.available()
+
+    # ---- blocks ----
+
+    def alloc(self, need_size: int) -> list[int] | None:
+        """Exactly ``need_size`` block ids, or None and nothing changed.
+
+        Blocks of try_to_reserve come first. May wait for some milliseconds where mapped
+        pages do not last. Raises ValueError for a negative number.
+        """
+        if need_size < 1 or self._reserved:
+            return self._alloc_slowly(need_size)
+        return self._take(need_size, self._running)
+
+    def _alloc_slowly(self, count: int) -> list[int] | None:
+        if count < 0:
+            raise ValueError(f"cannot allocate {count} blocks")
+        with self._reserve_lock:
+            blocks, self._reserved = self._reserved[:count], self._reserved[count:]
+        if len(blocks) == count:
+            return blocks
+        more = self._take(count - len(blocks), self._running)
+        if more is None:
+            with self._reserve_lock:
+                self._reserved = blocks + self._reserved
+            return None
+        return blocks + more
+
+    def free(self, indices: Sequence[int]) -> None:
+        """Gives the blocks back.
+
+        One that is not in use (freed before, never handed out, the null block, twice in
+        the list), or that is held by try_to_reserve, is an error of the caller. With
+        KVCACHED_SANITY_CHECK it raises ValueError, and nothing is freed; without, it is
+        logged and the others are freed.
+        """
+        from kvcached import _C
+
+        if self._reserved:
+            indices = self._without_reserved(indices)
+        try:
+            self._give(indices)
+        except _C.Error as error:
+            if error.code != _C.INVALID_ARGUMENT:
+                raise
+            self._free_slowly(indices, error)
+
+    def _without_reserved(self, indices: Sequence[int]) -> list[int]:
+        reserved = set(self._reserved)
+        wrong = [block for block in indices if block in reserved]
+        if wrong:
+            self._complain(f"blocks {wrong} are reserved by try_to_reserve, and are not freed")
+        return [block for block in indices if block not in reserved]
+
+    def _free_slowly(self, indices: Sequence[int], error: Exception) -> None:
+        from kvcached import _C
+
+        self._complain(f"blocks that are not in use cannot be freed: {error}")
+        pool = self.pool
+        ours = {
+            block
+            for block in indices
+            if 0 <= block < self.num_blocks and pool.state(block) == _C.USED
+        }
+        self._give(list(ours))
+
+    def _complain(self, problem: str) -> None:
+        if self._sanity_check:
+            raise ValueError(problem)
+        get_kvcached_logger().error("%s", problem)
+
+    def available_size(self) -> int:
+        """Blocks that an alloc would get now, promised ones included."""
+        if self._reserved:
+            return self._available() + len(self._reserved)
+        return self._available()
+
+    def try_to_reserve(self, need_size: int) -> bool:
+        """Takes blocks that the next allocs get; whether there were as many."""
+        if need_size < 0:
+            raise ValueError(f"cannot reserve {need_size} blocks")
+        blocks = self._take(need_size, self._running) if need_size else []
+        if blocks is None:
+            return False
+        with self._reserve_lock:
+            self._reserved = self._reserved + blocks
+        return True
+
+    def free_reserved(self) -> None:
+        """Gives back what try_to_reserve took and no alloc has had."""
+        with self._reserve_lock:
+            blocks, self._reserved = self._reserved, []
+        if blocks:
+            self._give(blocks)
+
+    @property
+    def reserved_blocks(self) -> list[int]:
+        """What try_to_reserve holds."""
+        return list(self._reserved)
+
+    @property
+    def null_block(self) -> list[int] | None:
+        return [0] if self.reserve_null_block else None
+
+    def clear(self) -> None:
+        """Frees all blocks, those that are handed out too, and returns their memory."""
+        group = self.group
+        with self._reserve_lock:
+            self._reserved = []
+        group.empty()
+        group.pool.trim()
+
+    def trim(self) -> None:
+        """Returns the memory of all pages that hold no block."""
+        self.pool.trim()
+
+    def shutdown(self) -> bool:
+        """Frees everything; the group may have another manager afterwards. Idempotent."""
+        if self._ended is None:
+            if self._group is not None:
+                self.clear()
+            runtime.remove_manager(self)
+            self.end(RuntimeError("this manager was shut down"))
+        return True
+
+    # ---- figures ----
+
+    def get_page_occupancy(self, page_ids: Iterable[int]) -> dict[int, int]:
+        """Blocks in use on each of the pages; 0 for one that is not mapped."""
+        pool, pages = self.pool, self.group.layout.pages
+        return {page: pool.page_used(page) if 0 <= page < pages else 0 for page in page_ids}
+
+    def get_mapped_memory_size(self, unit: str = "bytes") -> float:
+        """Memory of pages with blocks, in ``bytes``, ``kb``, ``mb`` or ``gb`` (1024-based).
+
+        Raises ValueError for another unit.
+        """
+        if unit not in _UNITS:
+            raise ValueError(f"unit must be one of {', '.join(_UNITS)}, not {unit!r}")
+        in_use, cached, _, _, _ = self.pool.usage()
+        return in_use + cached if unit == "bytes" else (in_use + cached) / _UNITS[unit]
+
+    # ---- limits ----
+
+    def resize(self, new_mem_size: int) -> bool:
+        """Limits the group to this many bytes of one layer's K or V.
+
+        It becomes part of the limit of the whole instance, and idle and cached memory
+        above it goes. True: what is in use is within it; False: it drains as blocks are
+        freed. Raises ValueError for a negative size.
+        """
+        if new_mem_size < 0:
+            raise ValueError(f"new_mem_size must not be negative, but is {new_mem_size}")
+        group = self.group
+        limit = new_mem_size * self.num_layers * self.num_kv_buffers
+        with self._limit_lock:
+            runtime.set_group_limit(group, limit)
+            self._limit = limit
+        return not self.in_shrink
+
+    @property
+    def in_shrink(self) -> bool:
+        """Whether more is in use than the last limit allows."""
+        return self._limit is not None and self.pool.usage()[0] > self._limit
+
+    @property
+    def target_num_blocks(self) -> int | None:
+        """What a limit below the use drains to."""
+        return self._limit // self.layout.block_bytes if self._limit and self.in_shrink else None
+
+    def set_memory_limit(self, limit_bytes: int, *, revision: int) -> dict[str, Any]:
+        """Limits the group to ``limit_bytes`` of all layers, unless a later word was heard.
+
+        Answers memory_limit_state(); its ``status`` is ``stale``, and nothing changed,
+        for a revision below the last one, and ``conflict`` for the same revision with
+        another limit. Raises ValueError for negative figures.
+        """
+        check_limit(limit_bytes, revision)
+        group = self.group
+        with self._limit_lock:
+            refused = self._refusal(limit_bytes, revision)
+            if refused is not None:
+                return self._limit_state(refused)
+            if revision > self._limit_revision:
+                runtime.set_group_limit(group, limit_bytes)
+                self._limit, self._limit_revision = limit_bytes, revision
+            return self._limit_state()
+
+    def memory_limit_state(self) -> dict[str, Any]:
+        """The last limit and what became of it; sizes are bytes of all layers."""
+        return self._limit_state()
+
+    def _refusal(self, limit_bytes: int, revision: int) -> str | None:
+        if revision < self._limit_revision:
+            return "stale"
+        if revision == self._limit_revision and limit_bytes != self._limit:
+            return "conflict"
+        return None
+
+    def _limit_state(self, status: str | None = None) -> dict[str, Any]:
+        in_use, cached, idle, _, _ = self.pool.usage()
+        mapped = in_use + cached + idle
+        layout = self.group.layout
+        page = layout.page_total_bytes
+        effective = None
+        if self._limit is not None:
+            effective = min(self._limit // page, layout.pages) * page
+        if status is None:
+            deferred = effective is not None and in_use > effective
+            status = "deferred" if deferred else "applied"
+        return {
+            "status": status,
+            "pool_name": self.pool_name or "",
+            "group_id": self.group_id,
+            "limit_bytes": self._limit,
+            "effective_limit_bytes": effective,
+            "current_capacity_bytes": self.pool.capacity() * self.layout.block_bytes,
+            "revision": self._limit_revision,
+            "mapped_bytes": mapped,
+            "remaining_bytes": None if effective is None else max(0, effective - mapped),
+            "overage_bytes": 0 if effective is None else max(0, mapped - effective),
+            "reason": LIMIT_REASONS.get(status, ""),
+        }
+
+    def refusal_of_share(self, limit_bytes: int, revision: int) -> str | None:
+        """``stale`` or ``conflict``, what set_memory_limit would answer with."""
+        return self._refusal(limit_bytes, revision)
+
+    def take_share(self, limit_bytes: int, revision: int) -> dict[str, Any]:
+        """For kvcached.control, which has set the limit of the instance: this much is ours."""
+        with self._limit_lock:
+            self._limit, self._limit_revision = limit_bytes, revision
+            self.group.limit = limit_bytes
+            return self._limit_state()
+
+
+def check_limit(limit_bytes: int, revision: int) -> None:
+    """Raises ValueError for negative figures."""
+    if limit_bytes < 0:
+        raise ValueError("limit_bytes must be non-negative")
+    if revision < 0:
+        raise ValueError("revision must be non-negative")
