@@ -199,7 +199,7 @@ def check_broker(start: bool) -> Iterator[Finding]:
         yield Finding(
             PROBLEM,
             "broker",
-            str(error),
+            str(error) or "no broker answers",
             "see who owns the socket directory, and whether that broker still runs (kvctl list)",
         )
         return

@@ -38,7 +38,7 @@ def look(address: Optional[str], gpu: Optional[str], names: Sequence[str]) -> Lo
         brokers = json.loads(_C.list_brokers(address=address, gpu=gpu, timeout_ms=_TIMEOUT_MS))
         instances = json.loads(_C.list_instances(address=address, gpu=gpu, timeout_ms=_TIMEOUT_MS))
     except _C.Error as error:
-        return Look([], [], str(error))
+        return Look([], [], str(error) or "no broker answers")
     if names:
         instances = [instance for instance in instances if instance["ipc"] in names]
     return Look(brokers, instances, "")
