@@ -49,7 +49,9 @@ def _ask(call: Callable[..., str]) -> List[Dict[str, Any]]:
     from kvcached import _C
 
     try:
-        listed: List[Dict[str, Any]] = json.loads(call(timeout_ms=_TIMEOUT_MS))
+        listed: List[Dict[str, Any]] = json.loads(
+            call(config.get("KVBROKER_ADDRESS"), timeout_ms=_TIMEOUT_MS)
+        )
     except _C.Error as error:
         if error.code == _C.NOT_FOUND:
             return []
@@ -337,7 +339,7 @@ def check_hook() -> Iterator[Finding]:
         version = autopatch.engine_version(engine)
         if version is None:
             yield Finding(NOTE, engine, "not installed")
-        elif importlib.util.find_spec(f"kvcached.integration.{engine}.autopatch") is not None:
+        elif autopatch.carries_patches(engine):
             yield Finding(OK, engine, f"{version}; this release patches {name}")
         elif wanted:
             yield Finding(

@@ -73,15 +73,27 @@ def apply(engine: str) -> None:
             return
         _handled.add(engine)
     try:
-        patches = f"kvcached.integration.{engine}.autopatch"
-        if importlib.util.find_spec(patches) is not None:
-            importlib.import_module(patches).apply()
+        if carries_patches(engine):
+            importlib.import_module(_patches(engine)).apply()
         else:
             _say_unpatched(engine)
     except BaseException:
         with _lock:
             _handled.discard(engine)
         raise
+
+
+def _patches(engine: str) -> str:
+    return f"kvcached.integration.{engine}.autopatch"
+
+
+def carries_patches(engine: str) -> bool:
+    """Whether this release has patches for the engine."""
+    package = _patches(engine).rpartition(".")[0]
+    return (
+        importlib.util.find_spec(package) is not None
+        and importlib.util.find_spec(_patches(engine)) is not None
+    )
 
 
 def _say_unpatched(engine: str) -> None:

@@ -13,7 +13,7 @@ import sys
 import time
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
-from kvcached import _C
+from kvcached import _C, config
 
 # A piece of a line, and its style: "", "bold", "green", "yellow", "red".
 Line = List[Tuple[str, str]]
@@ -34,9 +34,10 @@ class Look(NamedTuple):
 
 
 def look(address: Optional[str], gpu: Optional[str], names: Sequence[str]) -> Look:
+    address = address or config.get("KVBROKER_ADDRESS")
     try:
-        brokers = json.loads(_C.list_brokers(address=address, gpu=gpu, timeout_ms=_TIMEOUT_MS))
-        instances = json.loads(_C.list_instances(address=address, gpu=gpu, timeout_ms=_TIMEOUT_MS))
+        brokers = json.loads(_C.list_brokers(address, gpu, _TIMEOUT_MS))
+        instances = json.loads(_C.list_instances(address, gpu, _TIMEOUT_MS))
     except _C.Error as error:
         return Look([], [], str(error) or "no broker answers")
     if names:

@@ -24,10 +24,15 @@ import subprocess
 from dataclasses import dataclass
 from typing import IO, Any, ClassVar, Dict, List, Optional, Union
 
-from kvcached import _C
+from kvcached import _C, config
 from kvcached.utils import SHM_DIR
 
 _INT64_MAX = (1 << 63) - 1
+
+
+def _address() -> Optional[str]:
+    address: Optional[str] = config.get("KVBROKER_ADDRESS")
+    return address
 
 
 def get_ipc_path(ipc_name: str) -> str:
@@ -45,7 +50,7 @@ def get_ipc_name(ipc_path: str) -> str:
 def _instances() -> List[Dict[str, Any]]:
     """Of all brokers that answer; none where there is no broker."""
     try:
-        listed: List[Dict[str, Any]] = json.loads(_C.list_instances())
+        listed: List[Dict[str, Any]] = json.loads(_C.list_instances(_address()))
     except _C.Error as error:
         if error.code == _C.NOT_FOUND:
             return []
@@ -155,6 +160,7 @@ class RwLockedShm:
                     get_ipc_name(self.file_path),
                     max_bytes=view.total_size,
                     preset=not self._exists,
+                    address=_address(),
                 )
 
     def _map_file(self) -> bool:
@@ -197,7 +203,7 @@ def update_kv_cache_limit(ipc_name: str, kv_cache_limit: int) -> Optional[MemInf
     """
     name = get_ipc_name(ipc_name)
     try:
-        _C.set_limit(name, max_bytes=kv_cache_limit)
+        _C.set_limit(name, max_bytes=kv_cache_limit, address=_address())
     except _C.Error as error:
         if error.code == _C.NOT_FOUND:
             return None
@@ -208,7 +214,7 @@ def update_kv_cache_limit(ipc_name: str, kv_cache_limit: int) -> Optional[MemInf
 def init_kv_cache_limit(ipc_name: str, kv_cache_limit: int) -> MemInfoStruct:
     """Sets the limit, in bytes, also for a name that no instance has yet."""
     name = get_ipc_name(ipc_name)
-    _C.set_limit(name, max_bytes=kv_cache_limit, preset=True)
+    _C.set_limit(name, max_bytes=kv_cache_limit, preset=True, address=_address())
     return _figures(name) or MemInfoStruct(kv_cache_limit, 0, 0)
 
 
@@ -251,7 +257,7 @@ def delete_tp_socket_dir(ipc_name: str) -> bool:
 def get_total_gpu_memory() -> int:
     """Bytes of the first GPU that has a broker; 0: none has."""
     try:
-        brokers = json.loads(_C.list_brokers())
+        brokers = json.loads(_C.list_brokers(_address()))
     except _C.Error:
         return 0
     return int(brokers[0]["total_bytes"]) if brokers else 0
