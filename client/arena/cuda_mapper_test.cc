@@ -356,6 +356,43 @@ TEST_F(CudaMapperTest, UnmapWaitsForAllOfThem) {
   EXPECT_TRUE(unmapped.get().ok());
 }
 
+TEST_F(CudaMapperTest, UnmapWaitsForAllThereAreWhereNobodyKnowsWhichTouchIt) {
+  auto mapper = MustMake(Contiguous());
+  mapper->AddStream(kAllStreams);
+  ASSERT_TRUE(mapper->Map(PageIndex(0), MakePage(Contiguous())).ok());
+  fake_.BeginWork(&side_stream);
+  auto unmapped = std::async(std::launch::async,
+                             [&] { return mapper->Unmap(PageIndex(0)); });
+  fake_.AwaitWaiter();
+  EXPECT_EQ(fake_.Books().mappings, 1);
+  fake_.EndWork(&side_stream);
+  EXPECT_TRUE(unmapped.get().ok());
+}
+
+TEST_F(CudaMapperTest, APageStaysWhileAGraphIsCaptured) {
+  auto mapper = MustMake(Contiguous());
+  mapper->AddStream(kAllStreams);
+  ASSERT_TRUE(mapper->Map(PageIndex(0), MakePage(Contiguous())).ok());
+  fake_.Fail("cuCtxSynchronize", 1,
+             cuda::CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+  EXPECT_EQ(mapper->Unmap(PageIndex(0)).code(),
+            absl::StatusCode::kFailedPrecondition);
+  EXPECT_EQ(fake_.Books().mappings, 1);
+  EXPECT_TRUE(mapper->Unmap(PageIndex(0)).ok());
+}
+
+TEST_F(CudaMapperTest, AddressesThatAreKeptOutliveTheMapper) {
+  auto mapper = MustMake(Contiguous());
+  ASSERT_TRUE(mapper->Map(PageIndex(0), MakePage(Contiguous())).ok());
+  std::shared_ptr<void> range = mapper->range();
+  mapper.reset();
+  EXPECT_EQ(Used(), Bytes(0));
+  EXPECT_EQ(fake_.Books(),
+            (FakeCudaBooks{.reservations = 1, .contexts = 1}));
+  range.reset();
+  EXPECT_EQ(fake_.Books(), FakeCudaBooks{});
+}
+
 TEST_F(CudaMapperTest, UnmapDoesNotWaitForOtherStreams) {
   auto mapper = MustMake(Contiguous());
   mapper->AddStream(&kv_stream);

@@ -73,8 +73,9 @@ class Mapper {
   }
 
   // A stream (a CUstream) whose work touches the pool: Unmap waits for what was
-  // queued on it before. To be removed before it is destroyed. Any thread. Does
-  // nothing where memory has no streams.
+  // queued on it before. To be removed before it is destroyed. The value of -1
+  // (kAllStreams) stands for all there are. Any thread. Does nothing where memory
+  // has no streams.
   virtual void AddStream(void* /*stream*/) {}
   virtual void RemoveStream(void* /*stream*/) {}
 };

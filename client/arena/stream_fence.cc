@@ -16,9 +16,14 @@ void StreamFence::Remove(cuda::CUstream stream) {
 
 absl::Status StreamFence::Wait() {
   size_t recorded = 0;
+  bool all = false;
   {
     MutexLock lock(&mu_);
     for (cuda::CUstream stream : streams_) {
+      if (stream == kAllStreams) {
+        all = true;
+        continue;
+      }
       if (recorded == events_.size()) {
         cuda::CUevent event = nullptr;
         RETURN_IF_ERROR(CudaStatus(
@@ -35,6 +40,9 @@ absl::Status StreamFence::Wait() {
   for (size_t i = 0; i < recorded; ++i) {
     RETURN_IF_ERROR(
         CudaStatus(cuda_.cuEventSynchronize(events_[i]), "cuEventSynchronize"));
+  }
+  if (all) {
+    RETURN_IF_ERROR(CudaStatus(cuda_.cuCtxSynchronize(), "cuCtxSynchronize"));
   }
   return absl::OkStatus();
 }

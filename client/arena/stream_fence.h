@@ -5,7 +5,7 @@
 //   fence.Clear();                   // before the context goes
 //
 // Wait waits for what was queued when it was called; other streams neither wait
-// nor are waited for. Add and Remove from any thread, the rest by one thread at
+// nor are waited for, unless kAllStreams was added. Add and Remove from any thread, the rest by one thread at
 // a time and with the context current that the streams are of.
 #ifndef KVBROKER_CLIENT_ARENA_STREAM_FENCE_H_
 #define KVBROKER_CLIENT_ARENA_STREAM_FENCE_H_
@@ -18,6 +18,11 @@
 #include "broker/device/cuda/driver.h"
 
 namespace kvbroker::client {
+
+// In a stream's place: whatever is queued anywhere in the context. For those who
+// do not know which streams touch their pool. While a graph is captured it cannot
+// be waited for, and Wait answers FAILED_PRECONDITION.
+inline const cuda::CUstream kAllStreams = reinterpret_cast<cuda::CUstream>(-1);
 
 class StreamFence {
  public:

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
@@ -20,12 +21,15 @@
 #include "client/address/broker_address.h"
 #include "client/arena/cuda_driver.h"
 #include "client/arena/make_mapper.h"
+#include "client/capi/admin.h"
 #include "client/capi/kvbroker.h"
 #include "client/session/open_session.h"
+#include "client/shm_view/view_keeper.h"
 
 using kvbroker::Bytes;
 using kvbroker::client::BlockRemoval;
 using kvbroker::client::BrokerAddress;
+using kvbroker::client::KeptView;
 using kvbroker::client::Pool;
 using kvbroker::client::PoolOptions;
 using kvbroker::client::PoolUsage;
@@ -36,6 +40,7 @@ struct kvb_session_options {
   SessionOptions session;
   std::string address;
   std::string gpu;
+  std::string view_directory;  // empty: no view
 };
 
 struct kvb_session {
@@ -43,6 +48,8 @@ struct kvb_session {
   std::string instance;
   pid_t owner = 0;
   int device = -1;
+  BrokerAddress broker;
+  std::unique_ptr<KeptView> view;  // last: goes first
 };
 
 struct kvb_range {
@@ -210,7 +217,7 @@ absl::StatusOr<int> OrdinalOf(const BrokerAddress& broker) {
 }
 
 // gRPC's threads do not survive a fork, and the child hangs where it waits for
-// them. The process that opened the first session:
+// them. The process that opened the first session, or asked a broker first:
 std::atomic<pid_t> opener = 0;
 
 absl::Status CheckNotForked() {
@@ -220,9 +227,104 @@ absl::Status CheckNotForked() {
     return absl::OkStatus();
   }
   return absl::FailedPreconditionError(absl::StrCat(
-      "this process was forked after its parent had opened a session: fork "
+      "this process was forked after its parent had spoken with a broker: fork "
       "earlier, or spawn it; parent: ",
       none));
+}
+
+// How long the broker may take over kvb_session_set_max.
+constexpr absl::Duration kSetMax = absl::Seconds(10);
+// A limit that somebody wrote into a view does not hold up the process's other
+// views for longer.
+constexpr absl::Duration kSetLimit = absl::Seconds(2);
+
+// Keeps the session's view. An engine runs without one where it cannot be.
+void KeepSessionView(const std::string& directory, kvb_session& session) {
+  kvbroker::client::ViewOwner owner;
+  owner.device = session.broker.device_uuid;
+  owner.figures = [&raw = *session.session] {
+    kvbroker::client::ViewFigures figures;
+    figures.limit = raw.opened().max.count();
+    // A page with the null block counts as used; all others are given back when
+    // somebody needs them, so that none is preallocated.
+    for (size_t i = 0; i < raw.pool_count(); ++i) {
+      figures.used += raw.pool(i).usage().in_use.count();
+    }
+    return figures;
+  };
+  owner.set_limit = [&raw = *session.session,
+                     broker = session.broker](Bytes limit) {
+    return kvbroker::client::SetOwnMax(raw, broker, limit, kSetLimit);
+  };
+  owner.remark = [](const std::string& text) {
+    std::fprintf(stderr, "kvbroker: %s\n", text.c_str());
+  };
+  auto view = kvbroker::client::KeepView(directory, session.instance,
+                                         std::move(owner));
+  if (view.ok()) {
+    session.view = *std::move(view);
+  } else {
+    std::fprintf(stderr, "kvbroker: no view of %s: %s\n",
+                 session.instance.c_str(),
+                 std::string(view.status().message()).c_str());
+  }
+}
+
+// Where nobody is asked, a process may still be forked that does.
+absl::Status CheckMayAsk(const kvbroker::client::AddressOptions& where) {
+  RETURN_IF_ERROR(kvbroker::client::FindBrokers(where).status());
+  return CheckNotForked();
+}
+
+// What brokers say, for programs; NULL stays where nobody has said anything.
+using Question = absl::StatusOr<kvbroker::client::AdminAnswer> (*)(
+    const kvbroker::client::AddressOptions& where, absl::Duration timeout);
+absl::Status AskBrokers(Question question, const char* address, const char* gpu,
+                        int64_t timeout_ms, char** json) {
+  const auto where = kvbroker::client::WhereBrokersAre(address, gpu);
+  RETURN_IF_ERROR(CheckMayAsk(where));
+  ASSIGN_OR_RETURN(auto answer, question(where, FromMillis(timeout_ms)));
+  *json = strdup(answer.json.c_str());
+  return answer.missing;
+}
+
+absl::StatusOr<kvbroker::cli::PolicyChange> FromC(const char* name,
+                                                  const kvb_policy* given) {
+  if (given->size > sizeof(kvb_policy)) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        "policy: the program was built for a newer libkvbroker; size is ",
+        given->size, ", the library knows ", sizeof(kvb_policy)));
+  }
+  kvb_policy policy = {};
+  std::memcpy(&policy, given, given->size);
+  constexpr uint32_t kAll = KVB_POLICY_MIN | KVB_POLICY_MAX |
+                            KVB_POLICY_MAX_PERCENT | KVB_POLICY_WEIGHT;
+  if (policy.fields == 0 || (policy.fields & ~kAll) != 0) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "policy: fields must be one or more of KVB_POLICY_*; got ",
+        policy.fields));
+  }
+  if ((policy.fields & KVB_POLICY_MAX) != 0 &&
+      (policy.fields & KVB_POLICY_MAX_PERCENT) != 0) {
+    return absl::InvalidArgumentError(
+        "policy: max_bytes or max_percent, not both");
+  }
+  kvbroker::cli::PolicyChange change;
+  change.name = name;
+  if (policy.tenant != nullptr) change.tenant = policy.tenant;
+  change.preset = policy.preset != 0;
+  if (policy.fields & KVB_POLICY_MIN) change.min = ToBytes(policy.min_bytes);
+  if (policy.fields & KVB_POLICY_MAX) change.max = ToBytes(policy.max_bytes);
+  if (policy.fields & KVB_POLICY_MAX_PERCENT) {
+    if (!(policy.max_percent >= 0 && policy.max_percent <= 100)) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("policy: max_percent must be from 0 to 100; got ",
+                       policy.max_percent));
+    }
+    change.max = kvbroker::cli::Percent{policy.max_percent};
+  }
+  if (policy.fields & KVB_POLICY_WEIGHT) change.weight = policy.weight;
+  return change;
 }
 
 }  // namespace
@@ -243,6 +345,8 @@ extern "C" {
 int kvb_abi_version(void) noexcept { return KVB_ABI_VERSION; }
 
 void kvb_error_free(char* error) noexcept { std::free(error); }
+
+void kvb_text_free(char* text) noexcept { std::free(text); }
 
 // ---- options ----
 
@@ -328,6 +432,11 @@ void kvb_session_options_set_on_fenced(kvb_session_options* options,
   };
 }
 
+void kvb_session_options_set_shm_view(kvb_session_options* options,
+                                      const char* directory) noexcept {
+  options->view_directory = directory == nullptr ? "" : directory;
+}
+
 kvb_code kvb_session_options_add_pool(kvb_session_options* options,
                                       const kvb_pool_options* pool,
                                       char** error) noexcept {
@@ -355,6 +464,10 @@ kvb_code kvb_session_open(const kvb_session_options* options,
     ASSIGN_OR_RETURN(opened->device, OrdinalOf(broker));
     opened->instance = opened->session->opened().instance;
     opened->owner = getpid();
+    opened->broker = std::move(broker);
+    if (!options->view_directory.empty()) {
+      KeepSessionView(options->view_directory, *opened);
+    }
     *session = opened.release();
     return absl::OkStatus();
   });
@@ -389,6 +502,15 @@ kvb_code kvb_session_make_room(kvb_session* session, uint64_t declared_peak,
   return Guarded(error, [&] {
     return session->session->MakeRoom(ToBytes(declared_peak),
                                       FromMillis(timeout_ms));
+  });
+}
+
+kvb_code kvb_session_set_max(kvb_session* session, uint64_t bytes,
+                             char** error) noexcept {
+  return Guarded(error, [&]() -> absl::Status {
+    RETURN_IF_ERROR(CheckNotForked());
+    return kvbroker::client::SetOwnMax(*session->session, session->broker,
+                                       ToBytes(bytes), kSetMax);
   });
 }
 
@@ -571,6 +693,38 @@ void kvb_pool_usage(kvb_pool* pool, kvb_usage* usage) noexcept {
                .idle_bytes = Count(now.idle),
                .arriving_bytes = Count(now.arriving),
                .waiting_bytes = Count(now.waiting)});
+}
+
+// ---- as an operator ----
+
+kvb_code kvb_list_instances(const char* address, const char* gpu,
+                            int64_t timeout_ms, char** json,
+                            char** error) noexcept {
+  return Guarded(error, [&] {
+    return AskBrokers(kvbroker::client::ListInstances, address, gpu, timeout_ms,
+                      json);
+  });
+}
+
+kvb_code kvb_list_brokers(const char* address, const char* gpu,
+                          int64_t timeout_ms, char** json,
+                          char** error) noexcept {
+  return Guarded(error, [&] {
+    return AskBrokers(kvbroker::client::ListBrokers, address, gpu, timeout_ms,
+                      json);
+  });
+}
+
+kvb_code kvb_set_policy(const char* address, const char* gpu, const char* name,
+                        const kvb_policy* policy, int64_t timeout_ms,
+                        char** error) noexcept {
+  return Guarded(error, [&]() -> absl::Status {
+    ASSIGN_OR_RETURN(kvbroker::cli::PolicyChange change, FromC(name, policy));
+    const auto where = kvbroker::client::WhereBrokersAre(address, gpu);
+    RETURN_IF_ERROR(CheckMayAsk(where));
+    return kvbroker::client::ChangePolicy(where, change,
+                                          FromMillis(timeout_ms));
+  });
 }
 
 }  // extern "C"

@@ -36,7 +36,8 @@
  *    newer library is told so with KVB_FAILED_PRECONDITION. What exists keeps its
  *    meaning while kvb_abi_version() == KVB_ABI_VERSION.
  * 9. A session is of no use in a process forked after it was opened, nor is
- *    kvb_session_open there: start such processes before, or spawn them.
+ *    kvb_session_open there: start such processes before, or spawn them. The same
+ *    goes for a process forked after a call as an operator.
  */
 #ifndef KVBROKER_CLIENT_CAPI_KVBROKER_H_
 #define KVBROKER_CLIENT_CAPI_KVBROKER_H_
@@ -137,6 +138,25 @@ typedef struct kvb_usage {
   uint64_t waiting_bytes;
 } kvb_usage;
 
+/* A change of an instance's limits: of the figures that `fields` names. */
+typedef enum kvb_policy_field {
+  KVB_POLICY_MIN = 1,
+  KVB_POLICY_MAX = 2,
+  KVB_POLICY_MAX_PERCENT = 4, /* instead of KVB_POLICY_MAX */
+  KVB_POLICY_WEIGHT = 8
+} kvb_policy_field;
+typedef struct kvb_policy {
+  size_t size;        /* sizeof(kvb_policy); what is 0 beside it is not set */
+  uint32_t fields;    /* kvb_policy_field, added up */
+  int preset;         /* also for a name that does not exist yet */
+  uint64_t min_bytes; /* guaranteed */
+  uint64_t max_bytes; /* the limit; 0 allows no memory at all */
+  double max_percent; /* the limit in percent of the instance's own GPU */
+  double weight;      /* of what is contended; 1 is the default */
+  const char* tenant; /* whose instance, where several have the name, or for a
+                       * preset by an administrator; NULL: the only one */
+} kvb_policy;
+
 /* Cached content that is gone: that of `generation` and all before. */
 typedef struct kvb_removal {
   int32_t block;
@@ -154,6 +174,8 @@ typedef enum kvb_block_state {
 /* What the library speaks; a program wants its own KVB_ABI_VERSION. */
 int kvb_abi_version(void) KVB_NOEXCEPT;
 void kvb_error_free(char* error) KVB_NOEXCEPT;
+/* For results: texts that a function gives to the caller. NULL is fine. */
+void kvb_text_free(char* text) KVB_NOEXCEPT;
 
 /* ---- options ---- */
 
@@ -202,6 +224,13 @@ void kvb_session_options_set_timeout(kvb_session_options* options,
 void kvb_session_options_set_on_fenced(kvb_session_options* options,
                                        kvb_text_callback on_fenced,
                                        void* context) KVB_NOEXCEPT;
+/* Keeps <directory>/<name in force> from before kvb_session_open returns to the
+ * end: 24 bytes, int64 limit, used and preallocated, for programs that read
+ * kvcached's. A limit that one of them writes there is set as by
+ * kvb_session_set_max. /dev/shm is where they look; NULL, the default: none. What
+ * is in the way of it is said on stderr, and the session goes without. */
+void kvb_session_options_set_shm_view(kvb_session_options* options,
+                                      const char* directory) KVB_NOEXCEPT;
 /* Pools are numbered from 0 in the order in which they are added. */
 kvb_code kvb_session_options_add_pool(kvb_session_options* options,
                                       const kvb_pool_options* pool,
@@ -227,12 +256,17 @@ void kvb_session_limits(kvb_session* session, kvb_limits* limits) KVB_NOEXCEPT;
  * KVB_UNAVAILABLE: it is not within the time, and `error` names the holders. */
 kvb_code kvb_session_make_room(kvb_session* session, uint64_t declared_peak,
                                int64_t timeout_ms, char** error) KVB_NOEXCEPT;
+/* Sets the limit of the session's instance as an operator does: for all its
+ * processes on this GPU, and over what sessions wish. In force, and in
+ * kvb_session_limits, when it returns. KVB_UNAVAILABLE: no broker at present. */
+kvb_code kvb_session_set_max(kvb_session* session, uint64_t bytes,
+                             char** error) KVB_NOEXCEPT;
 /* NULL past the last one. */
 kvb_pool* kvb_session_pool(kvb_session* session, size_t index) KVB_NOEXCEPT;
 /* The ordinal in this process of the GPU whose memory it is; -1: host memory. */
 int kvb_session_device(const kvb_session* session) KVB_NOEXCEPT;
 /* The name for kvb_session_options_set_gpu of the GPU with this ordinal in this
- * process; to be given to kvb_error_free. KVB_NOT_FOUND: there is none, or no
+ * process; to be given to kvb_text_free. KVB_NOT_FOUND: there is none, or no
  * driver. Makes no context. */
 kvb_code kvb_gpu_uuid(int ordinal, char** uuid, char** error) KVB_NOEXCEPT;
 
@@ -321,9 +355,32 @@ void kvb_range_release(kvb_range* range) KVB_NOEXCEPT;
 /* A CUstream whose work touches the pool: no page is unmapped before what was
  * queued on it is done. To be removed before it is destroyed; NULL is the
  * default stream. Without effect on host memory. */
+#define KVB_ALL_STREAMS ((void*)-1) /* whatever runs in the primary context */
 void kvb_pool_add_stream(kvb_pool* pool, void* stream) KVB_NOEXCEPT;
 void kvb_pool_remove_stream(kvb_pool* pool, void* stream) KVB_NOEXCEPT;
 void kvb_pool_usage(kvb_pool* pool, kvb_usage* usage) KVB_NOEXCEPT;
+
+/* ---- as an operator: what kvctl does, without a session. `address` and `gpu`
+ * as kvb_session_options_set_address and _set_gpu; NULL: the default, all GPUs.
+ * `timeout_ms`: for each broker. KVB_NOT_FOUND: there is no broker, or no such
+ * instance; KVB_UNAVAILABLE: nobody listens where a broker was ---- */
+
+/* A JSON array with an object an instance and GPU, what `kvctl list --json`
+ * prints; or an object a broker, the fields of BrokerStatus (types.proto) by their
+ * names. `*json` is the caller's to free, with kvb_text_free. Where some brokers
+ * do not answer it holds what the others said, and code and `error` are those of
+ * the first that did not; where none does it is untouched. */
+kvb_code kvb_list_instances(const char* address, const char* gpu,
+                            int64_t timeout_ms, char** json,
+                            char** error) KVB_NOEXCEPT;
+kvb_code kvb_list_brokers(const char* address, const char* gpu,
+                          int64_t timeout_ms, char** json,
+                          char** error) KVB_NOEXCEPT;
+/* On each broker that knows `name`; a preset on each. In force for grants when it
+ * returns. KVB_FAILED_PRECONDITION: more would be guaranteed than there is. */
+kvb_code kvb_set_policy(const char* address, const char* gpu, const char* name,
+                        const kvb_policy* policy, int64_t timeout_ms,
+                        char** error) KVB_NOEXCEPT;
 
 #ifdef __cplusplus
 }

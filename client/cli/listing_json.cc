@@ -38,6 +38,28 @@ Json InstanceJson(const v1::InstanceStatus& instance,
   };
 }
 
+Json BrokerJson(const v1::BrokerStatus& broker) {
+  return {
+      {"version", broker.version()},
+      {"backend", broker.backend()},
+      {"backend_reason", broker.backend_reason()},
+      {"device_uuid", broker.device_uuid()},
+      {"incarnation", broker.incarnation()},
+      {"pid", broker.pid()},
+      {"total_bytes", broker.total_bytes()},
+      {"capacity_bytes", broker.capacity_bytes()},
+      {"held_bytes", broker.held_bytes()},
+      {"stock_bytes", broker.stock_bytes()},
+      {"sessions", broker.sessions()},
+      {"uptime_seconds", broker.uptime_seconds()},
+      {"state", broker.state()},
+      {"others_bytes", broker.others_bytes()},
+      {"foreign_bytes", broker.foreign_bytes()},
+      {"declared_bytes", broker.declared_bytes()},
+      {"device_error", broker.device_error()},
+  };
+}
+
 Json ClaimJson(const v1::ClaimStatus& claim) {
   return {
       {"sequence", claim.sequence()},
@@ -71,6 +93,14 @@ std::string ListingToJson(const Listing& listing, JsonLayout layout) {
       object["device_error"] = broker.device_error();
       array.push_back(std::move(object));
     }
+  }
+  return Print(array, layout);
+}
+
+std::string BrokersToJson(const Listing& listing, JsonLayout layout) {
+  Json array = Json::array();
+  for (const Listing::Answer& answer : listing.answers) {
+    array.push_back(BrokerJson(answer.response.broker()));
   }
   return Print(array, layout);
 }

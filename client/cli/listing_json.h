@@ -19,6 +19,10 @@ enum class JsonLayout {
 // `used_bytes` is that of pages with referenced blocks. Ends with a newline.
 std::string ListingToJson(const Listing& listing, JsonLayout layout);
 
+// An array with one object a broker, in the order of the devices: the fields of
+// BrokerStatus (types.proto) by their names. Ends with a newline.
+std::string BrokersToJson(const Listing& listing, JsonLayout layout);
+
 // An array with one object a GPU: the instance as above, the reasons as
 // `lines`, the claims that wait as `claims`. Ends with a newline.
 std::string ExplanationsToJson(

@@ -174,6 +174,15 @@ Opened Session::opened() {
   return opened_.value_or(Opened{});
 }
 
+bool Session::AwaitMax(Bytes max, absl::Duration timeout) {
+  const absl::Time give_up = absl::Now() + timeout;
+  MutexLock lock(&mu_);
+  while (health_.ok() && !closing_ && opened_ && opened_->max != max) {
+    if (changed_.WaitWithDeadline(&mu_, give_up)) break;
+  }
+  return opened_ && opened_->max == max;
+}
+
 absl::Status Session::health() {
   for (const std::unique_ptr<Pool>& pool : pools_) {
     absl::Status of_pool = pool->health();
@@ -447,6 +456,7 @@ void Session::Process(BrokerMessage message) {
           opened_->min = limits->min;
           opened_->max = limits->max;
           opened_->limit_revision = limits->revision;
+          changed_.SignalAll();
         }
       }
       for (auto& pool : pools_) pool->OnLimits(limits->max);

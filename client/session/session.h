@@ -126,6 +126,9 @@ class Session : public PoolSession, public LinkListener {
   // What the broker said at the open, the name in force among it; the limits
   // are those of now.
   Opened opened();
+  // Whether the instance's limit is `max`, within `timeout`: the broker tells of
+  // what somebody sets.
+  bool AwaitMax(Bytes max, absl::Duration timeout);
   // OK while the session is open, else why it is not. It may come back where it
   // is UNAVAILABLE.
   absl::Status health();

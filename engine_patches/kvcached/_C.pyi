@@ -16,6 +16,8 @@ ABI_VERSION: int
 VERSION: str
 FOREVER: int
 
+ALL_STREAMS: int
+
 # Urgencies of Pool.alloc.
 NOW: int  # only what is mapped; a miss leaves nothing behind
 WAITING: int  # a miss returns at once and is pursued for a second
@@ -164,7 +166,11 @@ class Pool:
     def usage(self) -> Tuple[int, int, int, int, int]:
         """Bytes of pages: in use, cached, idle, arriving, wished for."""
     def add_stream(self, stream: int) -> None:
-        """A cudaStream_t whose work touches the pool."""
+        """A cudaStream_t whose work touches the pool, or ALL_STREAMS.
+
+        No page is unmapped before what was queued on it is done. To be removed before
+        it is destroyed; 0 is the default stream. Nothing on host memory.
+        """
     def remove_stream(self, stream: int) -> None: ...
     @property
     def regions(self) -> int:

@@ -3,7 +3,6 @@
 
 #include "engine_patches/native/python.h"
 //
-#include "engine_patches/native/pending.h"
 #include "proto/version.h"
 
 namespace kvbroker::python {
@@ -34,7 +33,8 @@ PyObject* GpuUuid(PyObject*, PyObject* argument) {
   return TakeText(uuid);
 }
 
-using List = kvb_code(const char*, const char*, int64_t, char**, char**);
+using List = kvb_code(const char*, const char*, int64_t, char**,
+                      char**) noexcept;
 
 PyObject* CallList(PyObject* args, PyObject* keywords, const char* format,
                    List* list) {
@@ -53,7 +53,10 @@ PyObject* CallList(PyObject* args, PyObject* keywords, const char* format,
     WithoutGil without;
     code = list(address, gpu, timeout, &json, &error);
   }
-  if (code != KVB_OK) return RaiseAndFree(code, error);
+  if (code != KVB_OK) {
+    kvb_text_free(json);  // of the brokers that did answer
+    return RaiseAndFree(code, error);
+  }
   return TakeText(json);
 }
 
@@ -63,6 +66,66 @@ PyObject* ListInstances(PyObject*, PyObject* args, PyObject* keywords) {
 
 PyObject* ListBrokers(PyObject*, PyObject* args, PyObject* keywords) {
   return CallList(args, keywords, "|zzL:list_brokers", kvb_list_brokers);
+}
+
+// Puts a number of set_limit into the policy, where it is not None. False: an
+// exception is set.
+bool TakeBytes(PyObject* given, const char* name, uint32_t field,
+               kvb_policy* policy, uint64_t* out) {
+  if (given == Py_None) return true;
+  const long long value = PyLong_AsLongLong(given);
+  if (value == -1 && PyErr_Occurred() != nullptr) return false;
+  if (value < 0) {
+    PyErr_Format(PyExc_ValueError, "%s must be 0 or more; got %lld", name,
+                 value);
+    return false;
+  }
+  policy->fields |= field;
+  *out = static_cast<uint64_t>(value);
+  return true;
+}
+
+bool TakeNumber(PyObject* given, uint32_t field, kvb_policy* policy,
+                double* out) {
+  if (given == Py_None) return true;
+  *out = PyFloat_AsDouble(given);
+  if (*out == -1 && PyErr_Occurred() != nullptr) return false;
+  policy->fields |= field;
+  return true;
+}
+
+PyObject* SetLimit(PyObject*, PyObject* args, PyObject* keywords) {
+  static const char* kNames[] = {"name",    "min_bytes",  "max_bytes",
+                                 "max_percent", "weight", "preset",
+                                 "address", "gpu",        "timeout_ms",
+                                 nullptr};
+  const char *name, *address = nullptr, *gpu = nullptr;
+  PyObject *min = Py_None, *max = Py_None, *percent = Py_None;
+  PyObject* weight = Py_None;
+  long long timeout = 10'000;
+  kvb_policy policy = {};
+  policy.size = sizeof(policy);
+  if (!PyArg_ParseTupleAndKeywords(args, keywords, "s|$OOOOpzzL:set_limit",
+                                   const_cast<char**>(kNames), &name, &min,
+                                   &max, &percent, &weight, &policy.preset,
+                                   &address, &gpu, &timeout) ||
+      !TakeBytes(min, "min_bytes", KVB_POLICY_MIN, &policy,
+                 &policy.min_bytes) ||
+      !TakeBytes(max, "max_bytes", KVB_POLICY_MAX, &policy,
+                 &policy.max_bytes) ||
+      !TakeNumber(percent, KVB_POLICY_MAX_PERCENT, &policy,
+                  &policy.max_percent) ||
+      !TakeNumber(weight, KVB_POLICY_WEIGHT, &policy, &policy.weight)) {
+    return nullptr;
+  }
+  char* error = nullptr;
+  kvb_code code;
+  {
+    WithoutGil without;
+    code = kvb_set_policy(address, gpu, name, &policy, timeout, &error);
+  }
+  if (code != KVB_OK) return RaiseAndFree(code, error);
+  Py_RETURN_NONE;
 }
 
 // Whether the module could be filled.
@@ -92,6 +155,7 @@ bool Fill(PyObject* module) {
     long value;
   } numbers[] = {
       {"ABI_VERSION", kvb_abi_version()},
+      {"ALL_STREAMS", -1},
       {"NOW", 1},
       {"WAITING", KVB_WAITING},
       {"RUNNING", KVB_RUNNING},
@@ -129,6 +193,9 @@ PyObject* MakeModule() {
        "list_instances(address=None, gpu=None, timeout_ms=10000): JSON"},
       {"list_brokers", WithKeywords(ListBrokers), METH_VARARGS | METH_KEYWORDS,
        "list_brokers(address=None, gpu=None, timeout_ms=10000): JSON"},
+      {"set_limit", WithKeywords(SetLimit), METH_VARARGS | METH_KEYWORDS,
+       "set_limit(name, *, min_bytes, max_bytes, max_percent, weight, preset, "
+       "address, gpu, timeout_ms)"},
       {nullptr, nullptr, 0, nullptr}};
   static PyModuleDef definition = {
       PyModuleDef_HEAD_INIT,

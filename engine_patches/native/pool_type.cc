@@ -333,7 +333,7 @@ PyObject* Usage(PyObject* self, PyObject*) {
 using TellStream = void(kvb_pool*, void*) noexcept;
 
 PyObject* TellOf(PyObject* self, PyObject* argument, TellStream* tell) {
-  void* stream = PyLong_AsVoidPtr(argument);
+  void* stream = PyLong_AsVoidPtr(argument);  // -1 becomes KVB_ALL_STREAMS
   if (stream == nullptr && PyErr_Occurred() != nullptr) return nullptr;
   if (!Usable(self)) return nullptr;
   tell(As(self)->pool, stream);

@@ -29,11 +29,13 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <condition_variable>
 #include <map>
 #include <mutex>
 #include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "broker/device/cuda/cuda_abi.h"
@@ -962,6 +964,28 @@ EXPORTED CUresult cuCtxPopCurrent_v2(CUcontext* context) {
   if (current.empty()) return CUDA_ERROR_INVALID_CONTEXT;
   *context = current.back();
   current.pop_back();
+  return CUDA_SUCCESS;
+}
+
+EXPORTED CUresult cuCtxSynchronize() {
+  ENTER(Needs::kContext);
+  std::map<CUstream, unsigned long long> upto;
+  for (const auto& [stream, work] : f.streams) upto[stream] = work.begun;
+  ++f.waiting;
+  f.waiter_came.notify_all();
+  f.work_ended.wait(lock, [&] {
+    return f.poison != 0 ||
+           std::all_of(upto.begin(), upto.end(), [&](const auto& awaited) {
+             return f.streams[awaited.first].ended >= awaited.second;
+           });
+  });
+  --f.waiting;
+  return f.poison;
+}
+
+EXPORTED CUresult cuThreadExchangeStreamCaptureMode(int* mode) {
+  thread_local int capture_mode = 0;
+  std::swap(capture_mode, *mode);
   return CUDA_SUCCESS;
 }
 

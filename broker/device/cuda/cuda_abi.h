@@ -58,6 +58,11 @@ inline constexpr CUresult CUDA_ERROR_INVALID_ADDRESS_SPACE = 717;
 inline constexpr CUresult CUDA_ERROR_INVALID_PC = 718;
 inline constexpr CUresult CUDA_ERROR_LAUNCH_FAILED = 719;
 inline constexpr CUresult CUDA_ERROR_NOT_PERMITTED = 800;
+inline constexpr CUresult CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED = 900;
+inline constexpr CUresult CUDA_ERROR_STREAM_CAPTURE_IMPLICIT = 906;
+// Of cuThreadExchangeStreamCaptureMode: this thread may call whatever it wants
+// while another one captures a graph.
+inline constexpr int kStreamCaptureModeRelaxed = 2;
 inline constexpr CUresult CUDA_ERROR_NOT_SUPPORTED = 801;
 inline constexpr CUresult CUDA_ERROR_SYSTEM_NOT_READY = 802;
 inline constexpr CUresult CUDA_ERROR_SYSTEM_DRIVER_MISMATCH = 803;
@@ -156,6 +161,9 @@ static_assert(sizeof(CUipcMemHandle) == 64);
     CUdevice device)                                                           \
   X(kContext, cuCtxPushCurrent, "cuCtxPushCurrent_v2", CUcontext context)      \
   X(kContext, cuCtxPopCurrent, "cuCtxPopCurrent_v2", CUcontext* context)       \
+  X(kContext, cuCtxSynchronize, "cuCtxSynchronize")                            \
+  X(kContext, cuThreadExchangeStreamCaptureMode,                               \
+    "cuThreadExchangeStreamCaptureMode", int* mode)                            \
   X(kContext, cuEventCreate, "cuEventCreate", CUevent* event,                  \
     unsigned int flags)                                                        \
   X(kContext, cuEventRecord, "cuEventRecord", CUevent event, CUstream stream)  \

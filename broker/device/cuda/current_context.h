@@ -4,6 +4,8 @@
 //   RETURN_IF_ERROR(current.status());
 //
 // On its thread, in the order of a stack: what was current before is so again.
+// Meanwhile the thread may make calls that a graph's capture in another thread
+// would forbid it.
 #ifndef KVBROKER_BROKER_DEVICE_CUDA_CURRENT_CONTEXT_H_
 #define KVBROKER_BROKER_DEVICE_CUDA_CURRENT_CONTEXT_H_
 
@@ -18,12 +20,16 @@ class CurrentCudaContext {
   CurrentCudaContext(const CudaFunctions& cuda, cuda::CUcontext context)
       : cuda_(cuda),
         status_(
-            CudaStatus(cuda.cuCtxPushCurrent(context), "cuCtxPushCurrent")) {}
+            CudaStatus(cuda.cuCtxPushCurrent(context), "cuCtxPushCurrent")) {
+    if (status_.ok()) cuda_.cuThreadExchangeStreamCaptureMode(&capture_mode_);
+  }
   CurrentCudaContext(const CurrentCudaContext&) = delete;
   CurrentCudaContext& operator=(const CurrentCudaContext&) = delete;
   ~CurrentCudaContext() {
+    if (!status_.ok()) return;
+    cuda_.cuThreadExchangeStreamCaptureMode(&capture_mode_);
     cuda::CUcontext popped;
-    if (status_.ok()) cuda_.cuCtxPopCurrent(&popped);
+    cuda_.cuCtxPopCurrent(&popped);
   }
 
   // Why it is not current.
@@ -32,6 +38,7 @@ class CurrentCudaContext {
  private:
   const CudaFunctions& cuda_;
   const absl::Status status_;
+  int capture_mode_ = cuda::kStreamCaptureModeRelaxed;  // then the one before
 };
 
 }  // namespace kvbroker
