@@ -232,7 +232,7 @@ def delete_kv_cache_segment(ipc_name: str) -> bool:
         if kvctl is None:
             raise RuntimeError("this installation carries no kvctl, which does this")
         done = subprocess.run(
-            [str(kvctl), "delete", "--", name],
+            [str(kvctl), "delete", name],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
