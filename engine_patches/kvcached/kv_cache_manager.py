@@ -126,6 +126,11 @@ class KVCacheManager:
         self._ended = error
         self._take = self._give = self._available = refuse
 
+    def end_quietly(self) -> None:
+        """For the runtime: the interpreter ends. Daemon threads find no blocks any more."""
+        self._take = self._give = lambda *_: None
+        self._available = lambda: 0
+
     @property
     def group(self) -> Group:
         """Opened where it is not yet."""

@@ -30,7 +30,7 @@ import weakref
 from typing import TYPE_CHECKING, Any, Callable
 
 from kvcached import config, programs
-from kvcached.errors import ForkedError, KVCachedConfigError
+from kvcached.errors import ForkedError, KVCachedConfigError, KVCachePoolExhausted
 from kvcached.log import get_kvcached_logger
 from kvcached.tensors import PoolLayout, flat_bytes
 
@@ -257,6 +257,13 @@ class Runtime:
             group.session.close()
         return True
 
+    def exit(self) -> None:
+        """As shutdown, at the interpreter's end."""
+        for manager in self.managers():
+            manager.end_quietly()
+        for group in self.groups():
+            group.session.close()
+
     def _check_fork(self) -> None:
         if self._forked:
             raise ForkedError()
@@ -415,7 +422,24 @@ class Runtime:
         check_manager_fits(group.group_id, group.layout, manager)
         group.paged = False
         group.set_blocks(manager.layout.block_bytes, manager.num_blocks, manager.reserve_null_block)
+        if manager.reserve_null_block:
+            self._back_null_block(group)
         manager.attach(group)
+
+    def _back_null_block(self, group: Group) -> None:
+        """Kernels may touch it before any block is taken."""
+        pool = group.pool
+
+        def backed() -> bool:
+            # The first page that comes is that of the null block.
+            blocks = pool.alloc(1)
+            if blocks is not None:
+                pool.free(blocks)
+            return pool.page_used(0) > 0
+
+        timeout_s = self.settings.ipc_timeout_s
+        if not _wait_until(backed, float("inf") if timeout_s is None else timeout_s):
+            raise KVCachePoolExhausted(1, f"for the null block within {timeout_s} seconds")
 
     def _open_session(self, group_id: int, layout: PoolLayout) -> _C.Session:
         from kvcached import _C
@@ -485,6 +509,9 @@ class Runtime:
                 session.joined_pids,
             )
         self._instance = session.instance
+        if session.device >= 0:
+            # Whoever knows which streams touch the pool names them instead.
+            session.pool(0).add_stream(_C.ALL_STREAMS)
         return session
 
     # ---- managers ----
@@ -581,4 +608,4 @@ def check_manager_fits(group_id: int, layout: PoolLayout, manager: KVCacheManage
 
 runtime = Runtime()
 os.register_at_fork(after_in_child=runtime.after_fork_in_child)
-atexit.register(runtime.shutdown)
+atexit.register(runtime.exit)

@@ -1,0 +1,421 @@
+"""KVCacheManager on a real broker."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import threading
+
+from broker import MIB, BrokerTest, environment, eventually, use_environment
+
+from kvcached import utils
+from kvcached.errors import KVCachedConfigError
+from kvcached.integration.sglang import interfaces as sglang
+from kvcached.integration.vllm import interfaces as vllm
+from kvcached.kv_cache_manager import KVCacheManager
+from kvcached.runtime import runtime
+
+# A block of 16 cells in 2 layers' K and V; a page of 2 MB of each holds 8 of them.
+CELL = 16 << 10
+LAYERS = 2
+BLOCKS_PER_PAGE = 2 * MIB // (16 * CELL)
+PAGE = 2 * MIB * LAYERS * 2
+
+
+def manager(num_blocks: int = 1000, **more: object) -> KVCacheManager:
+    return KVCacheManager(num_blocks, 16, CELL, LAYERS, **more)  # type: ignore[arg-type]
+
+
+def take(mine: KVCacheManager, count: int) -> list[int]:
+    """The host's memory may take longer to come than an alloc waits."""
+    got: list[list[int]] = []
+
+    def taken() -> bool:
+        blocks = mine.alloc(count)
+        if blocks is not None:
+            got.append(blocks)
+        return blocks is not None
+
+    if not eventually(taken):
+        raise AssertionError(f"no {count} blocks; there are {mine.available_size()}")
+    return got[0]
+
+
+def reserve(mine: KVCacheManager, count: int) -> None:
+    if not eventually(lambda: mine.try_to_reserve(count)):
+        raise AssertionError(f"no {count} blocks; there are {mine.available_size()}")
+
+
+class Blocks(BrokerTest):
+    CAPACITY = "64M"  # 8 pages
+
+    def setUp(self) -> None:
+        super().setUp()
+        vllm.init_kvcached(device="cpu")
+
+    def test_alloc_is_for_all_or_none(self) -> None:
+        mine = manager()
+        blocks = take(mine, 8 * BLOCKS_PER_PAGE)
+        self.assertEqual(len(set(blocks)), 8 * BLOCKS_PER_PAGE)
+        self.assertIsNone(mine.alloc(1))
+        self.assertEqual(mine.available_size(), 0)
+        mine.free(blocks)
+        self.assertEqual(mine.available_size(), 8 * BLOCKS_PER_PAGE)
+        self.assertIsNone(mine.alloc(8 * BLOCKS_PER_PAGE + 1))
+        self.assertEqual(mine.available_size(), 8 * BLOCKS_PER_PAGE)
+
+    def test_who_asks_how_much_there_is_comes_to_see_all(self) -> None:
+        mine = manager()
+        self.assertTrue(eventually(lambda: mine.available_size() == 8 * BLOCKS_PER_PAGE))
+
+    def test_the_null_block_is_backed_and_never_handed_out(self) -> None:
+        mine = manager(reserve_null_block=True)
+        self.assertEqual(mine.null_block, [0])
+        self.assertEqual(mine.get_page_occupancy([0])[0], 1)
+        blocks = take(mine, 8 * BLOCKS_PER_PAGE - 1)
+        self.assertNotIn(0, blocks)
+        with self.assertLogs("kvcached", "ERROR") as logs:
+            mine.free([0])
+        self.assertIn("0", logs.output[0])
+        self.assertEqual(mine.get_page_occupancy([0])[0], BLOCKS_PER_PAGE)
+
+    def test_ids_are_below_num_blocks(self) -> None:
+        mine = manager(num_blocks=5)
+        self.assertIsNone(mine.alloc(6))
+        self.assertEqual(sorted(take(mine, 5)), [0, 1, 2, 3, 4])
+
+    def test_nothing_is_fine(self) -> None:
+        mine = manager()
+        self.assertEqual(mine.alloc(0), [])
+        mine.free([])
+        self.assertTrue(mine.try_to_reserve(0))
+
+    def test_reserved_blocks_are_for_the_next_allocs(self) -> None:
+        mine = manager()
+        reserve(mine, 5)
+        reserved = mine.reserved_blocks
+        self.assertEqual(len(reserved), 5)
+        self.assertGreaterEqual(mine.available_size(), 5)
+        got = take(mine, 7)
+        self.assertEqual(got[:5], reserved)
+        self.assertEqual(mine.reserved_blocks, [])
+        mine.free(got)
+        reserve(mine, 3)
+        mine.free_reserved()
+        self.assertEqual(mine.reserved_blocks, [])
+        self.assertEqual(mine.pool.used_blocks(), [])
+
+    def test_a_miss_leaves_reserved_blocks_reserved(self) -> None:
+        mine = manager()
+        reserve(mine, 5)
+        reserved = mine.reserved_blocks
+        self.assertIsNone(mine.alloc(8 * BLOCKS_PER_PAGE + 1))
+        self.assertEqual(mine.reserved_blocks, reserved)
+        self.assertFalse(mine.try_to_reserve(8 * BLOCKS_PER_PAGE))
+        self.assertEqual(mine.reserved_blocks, reserved)
+
+    def test_wrong_frees_are_logged_and_the_others_are_done(self) -> None:
+        mine = manager()
+        blocks = take(mine, 4)
+        mine.free(blocks[:1])
+        with self.assertLogs("kvcached", "ERROR"):
+            mine.free([*blocks, blocks[1], 999, 5000, -3])
+        self.assertEqual(mine.pool.used_blocks(), [])
+
+    def test_reserved_blocks_are_not_freed(self) -> None:
+        mine = manager()
+        reserve(mine, 2)
+        blocks = mine.pool.alloc(1) or []
+        with self.assertLogs("kvcached", "ERROR"):
+            mine.free([*mine.reserved_blocks, *blocks])
+        self.assertEqual(mine.pool.used_blocks(), sorted(mine.reserved_blocks))
+
+    def test_negative_numbers(self) -> None:
+        mine = manager()
+        for call in (mine.alloc, mine.try_to_reserve, mine.resize):
+            with self.assertRaises(ValueError):
+                call(-1)
+        with self.assertRaises(ValueError):
+            mine.set_memory_limit(-1, revision=1)
+        with self.assertRaises(ValueError):
+            mine.set_memory_limit(1, revision=-1)
+
+    def test_figures(self) -> None:
+        mine = manager()
+        blocks = take(mine, BLOCKS_PER_PAGE + 1)
+        self.assertEqual(mine.get_mapped_memory_size(), 2 * PAGE)
+        self.assertEqual(mine.get_mapped_memory_size("kb"), 2 * PAGE / 1024)
+        self.assertEqual(mine.get_mapped_memory_size("mb"), 2 * PAGE / MIB)
+        self.assertEqual(mine.get_mapped_memory_size("gb"), 2 * PAGE / MIB / 1024)
+        with self.assertRaises(ValueError):
+            mine.get_mapped_memory_size("tb")
+        occupancy = mine.get_page_occupancy([*range(125), 125, 10**6, -1])
+        self.assertEqual(sum(occupancy.values()), BLOCKS_PER_PAGE + 1)
+        self.assertEqual((occupancy[10**6], occupancy[-1]), (0, 0))
+
+    def test_trim_returns_empty_pages(self) -> None:
+        mine = manager()
+        mine.free(take(mine, 20))
+        self.assertNotEqual(mine.pool.usage()[2], 0)
+        mine.trim()
+        self.assertTrue(eventually(lambda: mine.pool.usage()[2] == 0))
+
+    def test_clear_frees_everything(self) -> None:
+        mine = manager(reserve_null_block=True)
+        pool = mine.pool
+        blocks = take(mine, 20)
+        pool.cache(blocks[:10])
+        reserve(mine, 2)
+        mine.clear()
+        self.assertEqual(mine.reserved_blocks, [])
+        self.assertEqual(pool.used_blocks(), [])
+        self.assertTrue(eventually(lambda: pool.usage()[:3] == (PAGE, 0, 0)))
+        self.assertEqual(len(take(mine, 20)), 20)
+
+    def test_random_use_by_threads(self) -> None:
+        mine = manager()
+        owners: dict[int, int] = {}
+        problems: list[str] = []
+
+        def give(who: int, gone: list[int]) -> None:
+            for block in gone:
+                if owners.pop(block) != who:
+                    problems.append(f"block {block} was taken twice")
+            mine.free(gone)
+
+        def use(who: int) -> None:
+            rng = random.Random(who)
+            mine_now: list[int] = []
+            for _ in range(400):
+                if rng.random() < 0.5:
+                    wanted = rng.randrange(1, 12)
+                    got = mine.alloc(wanted)
+                    if got is None:
+                        continue
+                    if len(got) != wanted:
+                        problems.append(f"{len(got)} blocks, not {wanted}")
+                    for block in got:
+                        if owners.setdefault(block, who) != who:
+                            problems.append(f"block {block} is {owners[block]}'s")
+                    mine_now += got
+                elif mine_now:
+                    rng.shuffle(mine_now)
+                    cut = rng.randrange(len(mine_now)) + 1
+                    give(who, mine_now[:cut])
+                    mine_now = mine_now[cut:]
+            give(who, mine_now)
+
+        threads = [threading.Thread(target=use, args=(who,)) for who in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(problems, [])
+        self.assertEqual(mine.pool.used_blocks(), [])
+
+
+class SanityChecks(BrokerTest):
+    def test_raise_and_free_nothing(self) -> None:
+        self.setenv(KVCACHED_SANITY_CHECK="1")
+        vllm.init_kvcached(device="cpu")
+        mine = manager(reserve_null_block=True)
+        blocks = take(mine, 3)
+        mine.free(blocks[:1])
+        for wrong in (blocks, [blocks[1], blocks[1]], [0], [999], [-1], [10**9]):
+            with self.subTest(wrong=wrong), self.assertRaises(ValueError):
+                mine.free(wrong)
+        self.assertEqual(mine.pool.used_blocks(), sorted(blocks[1:]))
+        reserve(mine, 1)
+        with self.assertRaises(ValueError):
+            mine.free(mine.reserved_blocks)
+        self.assertEqual(len(mine.reserved_blocks), 1)
+
+
+class Making(BrokerTest):
+    def test_before_init(self) -> None:
+        text = "kvcached is not initialized. Please call init_kvcached() first."
+        for call in (
+            lambda: vllm.get_kv_cache_manager(10, 16, CELL, LAYERS),
+            lambda: sglang.get_kv_cache_manager(10, 16, CELL, LAYERS),
+            lambda: manager(),
+            lambda: vllm.alloc_kv_cache((2, 8, 16, 1, 8), 16, None, "cpu", 1),  # type: ignore
+            lambda: sglang.alloc_kv_cache((8, 1, 8), None, "cpu", 1),  # type: ignore
+            vllm.get_world_size,
+        ):
+            with self.assertRaises(RuntimeError) as raised:
+                call()
+            self.assertEqual(str(raised.exception), text)
+
+    def test_wrong_figures(self) -> None:
+        vllm.init_kvcached(device="cpu")
+        for arguments in ((0, 16, CELL, 1), (9, 0, CELL, 1), (9, 16, 0, 1), (9, -1, -1, 1)):
+            with self.subTest(arguments=arguments), self.assertRaises(ValueError):
+                KVCacheManager(*arguments)
+        with self.assertRaises(ValueError):
+            KVCacheManager(9, 16, CELL, 1, num_kv_buffers=0)
+        with self.assertRaises(ValueError):
+            vllm.get_kv_cache_manager(None, 16, CELL, 1)
+        with self.assertRaises(ValueError):
+            manager(group_id=-1).alloc(1)
+
+    def test_a_block_larger_than_a_page(self) -> None:
+        vllm.init_kvcached(device="cpu")
+        with self.assertRaises(utils.KVCachedConfigError) as raised:
+            KVCacheManager(10, 16, 200_000, 1)
+        self.assertIn("KVCACHED_PAGE_SIZE_MB=8", str(raised.exception))
+        vllm.shutdown_kvcached()
+        self.setenv(KVCACHED_PAGE_SIZE_MB="8")
+        vllm.init_kvcached(device="cpu")
+        self.assertEqual(len(take(KVCacheManager(10, 16, 200_000, 1), 2)), 2)
+
+    def test_several_ranks(self) -> None:
+        for interfaces in (vllm, sglang):
+            for arguments in ({"tp_size": 2}, {"world_size": 2}, {"pp_rank": 1}):
+                with self.subTest(interfaces=interfaces.__name__, arguments=arguments):
+                    interfaces.init_kvcached(device="cpu", **arguments)
+                    with self.assertRaises(KVCachedConfigError):
+                        interfaces.get_kv_cache_manager(10, 16, CELL, 1)
+                    interfaces.shutdown_kvcached()
+        vllm.init_kvcached(device="cpu")
+        with self.assertRaises(KVCachedConfigError):
+            manager(world_size=2)
+
+    def test_one_manager_a_group(self) -> None:
+        vllm.init_kvcached(device="cpu")
+        first = manager()
+        take(first, 5)
+        with self.assertRaises(KVCachedConfigError):
+            manager()
+        other = manager(group_id=1)
+        take(other, 5)
+        del first
+        gc.collect()
+        again = manager(num_blocks=30)
+        self.assertEqual(again.pool.used_blocks(), [])
+        self.assertEqual(len(take(again, 30)), 30)
+        self.assertEqual(len(other.pool.used_blocks()), 5)
+
+    def test_a_manager_that_is_shut_down_makes_room_for_another(self) -> None:
+        vllm.init_kvcached(device="cpu")
+        first = manager()
+        take(first, 5)
+        self.assertTrue(first.shutdown())
+        self.assertTrue(first.shutdown())
+        with self.assertRaises(RuntimeError):
+            first.alloc(1)
+        self.assertEqual(len(take(KVCacheManager(40, 8, CELL, LAYERS), 40)), 40)
+
+    def test_groups_are_members_of_one_instance(self) -> None:
+        vllm.init_kvcached(device="cpu")
+        managers = [manager(group_id=group) for group in range(3)]
+        for mine in managers:
+            take(mine, 1)
+        self.assertEqual({group.session.instance for group in runtime.groups()}, {"test"})
+        listed = self.broker.kvctl("list", "--json")
+        self.assertEqual(listed.count('"ipc"'), 1)
+        self.assertIn(str(os.getpid()), listed)
+
+    def limit_with(self, **variables: str) -> int:
+        use_environment(self, environment(self.broker, **variables))
+        vllm.init_kvcached(device="cpu")
+        try:
+            return manager().group.session.limits()[1]
+        finally:
+            vllm.shutdown_kvcached()
+
+    def test_the_instances_limit_is_that_of_the_environment(self) -> None:
+        total = self.limit_with(KVCACHED_IPC_NAME="whole", KVCACHED_GPU_UTILIZATION="1")
+        self.assertGreaterEqual(total, 64 * MIB)
+        self.assertEqual(self.limit_with(KVCACHED_IPC_NAME="a"), int(total * 0.95))
+        half = self.limit_with(KVCACHED_IPC_NAME="b", KVCACHED_GPU_UTILIZATION="0.5")
+        self.assertEqual(half, total // 2)
+        self.assertEqual(self.limit_with(KVCACHED_IPC_NAME="c", KVBROKER_LIMIT="16M"), 16 * MIB)
+        self.assertEqual(self.limit_with(KVCACHED_IPC_NAME="d", KVBROKER_LIMIT="25%"), total // 4)
+
+    def test_a_limit_outlives_its_processes(self) -> None:
+        vllm.init_kvcached(device="cpu")
+        mine = manager()
+        mine.set_memory_limit(3 * PAGE, revision=1)
+        vllm.shutdown_kvcached()
+        self.assertEqual(self.limit_with(), 3 * PAGE)
+
+    def test_no_broker_is_one_clear_error_and_leaves_nothing(self) -> None:
+        self.broker.stop()
+        self.setenv(KVCACHED_IPC_TIMEOUT="0.2")
+        vllm.init_kvcached(device="cpu")
+        mine = manager()
+        with self.assertRaises(RuntimeError) as raised:
+            mine.alloc(1)
+        self.assertIn(self.broker.address, str(raised.exception))
+        self.broker.start()
+        self.assertEqual(len(take(mine, 1)), 1)
+
+
+class Limits(BrokerTest):
+    CAPACITY = "128M"
+
+    def setUp(self) -> None:
+        super().setUp()
+        vllm.init_kvcached(device="cpu")
+
+    def test_resize_counts_one_layers_k_or_v(self) -> None:
+        mine = manager()
+        self.assertTrue(mine.resize(3 * 2 * MIB))
+        self.assertEqual(mine.group.session.limits()[1], 3 * PAGE)
+        self.assertIsNone(mine.alloc(3 * BLOCKS_PER_PAGE + 1))
+        blocks = take(mine, 3 * BLOCKS_PER_PAGE)
+        self.assertFalse(mine.resize(2 * MIB))
+        self.assertTrue(mine.in_shrink)
+        self.assertEqual(mine.target_num_blocks, BLOCKS_PER_PAGE)
+        mine.free(blocks)
+        self.assertTrue(eventually(lambda: mine.pool.usage()[2] + mine.pool.usage()[0] <= PAGE))
+        self.assertFalse(mine.in_shrink)
+        self.assertTrue(mine.resize(100 * MIB))
+        self.assertIsNone(mine.target_num_blocks)
+        self.assertEqual(len(take(mine, 4 * BLOCKS_PER_PAGE)), 4 * BLOCKS_PER_PAGE)
+
+    def test_revisions(self) -> None:
+        mine = manager()
+        first = mine.set_memory_limit(3 * PAGE + 5, revision=3)
+        self.assertEqual(
+            {key: first[key] for key in ("status", "limit_bytes", "effective_limit_bytes")},
+            {
+                "status": "applied",
+                "limit_bytes": 3 * PAGE + 5,
+                "effective_limit_bytes": 3 * PAGE,
+            },
+        )
+        self.assertEqual(mine.group.session.limits()[1], 3 * PAGE + 5)
+        self.assertEqual(mine.set_memory_limit(3 * PAGE + 5, revision=3)["status"], "applied")
+        self.assertEqual(mine.set_memory_limit(PAGE, revision=2)["status"], "stale")
+        conflict = mine.set_memory_limit(PAGE, revision=3)
+        self.assertEqual(conflict["status"], "conflict")
+        self.assertEqual(conflict["reason"], "revision_reused_with_different_limit")
+        self.assertEqual(mine.memory_limit_state()["limit_bytes"], 3 * PAGE + 5)
+        blocks = take(mine, 3 * BLOCKS_PER_PAGE)
+        deferred = mine.set_memory_limit(PAGE, revision=4)
+        self.assertEqual(deferred["status"], "deferred")
+        self.assertEqual(deferred["reason"], "inuse_capacity_above_limit")
+        self.assertEqual(deferred["overage_bytes"], 2 * PAGE)
+        self.assertEqual(deferred["remaining_bytes"], 0)
+
+    def test_nothing_is_a_limit(self) -> None:
+        mine = manager()
+        self.assertEqual(mine.set_memory_limit(0, revision=1)["status"], "applied")
+        self.assertIsNone(mine.alloc(1))
+        self.assertEqual(mine.available_size(), 0)
+
+    def test_what_other_groups_may_have_is_added(self) -> None:
+        mine, other = manager(), manager(num_blocks=2 * BLOCKS_PER_PAGE, group_id=1)
+        take(other, 1)
+        mine.set_memory_limit(3 * PAGE, revision=1)
+        self.assertEqual(mine.group.session.limits()[1], 5 * PAGE)
+        other.set_memory_limit(PAGE, revision=1)
+        self.assertTrue(eventually(lambda: mine.group.session.limits()[1] == 4 * PAGE))
+
+
+if __name__ == "__main__":
+    import unittest
+
+    unittest.main()
