@@ -326,6 +326,7 @@ def get_registered_kv_cache_pool_snapshots(
 def get_registered_kv_cache_pool_snapshot_dicts(
     *, integration: str | None = None
 ) -> list[dict[str, Any]]:
+    """The same as dictionaries that JSON can have."""
     return [
         snapshot.to_dict()
         for snapshot in get_registered_kv_cache_pool_snapshots(integration=integration)

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # The package's tests against what Bazel has built.
 #
-#   engine_patches/tests/run.sh [--torch] [--python PYTHON] [TEST...]
+#   engine_patches/tests/run.sh [--torch | --bench] [--python PYTHON] [TEST...]
 #
-# --torch: those that need torch, instead of the others. TEST: a module, class or
+# --torch: those that need torch, instead of the others. --bench: prints what calls
+# cost, and tests nothing. TEST: a module, class or
 # method, such as test_manager or test_torch_layouts.Layouts.test_mla.
 set -euo pipefail
 
@@ -14,6 +15,7 @@ TESTS=()
 while [ $# -gt 0 ]; do
   case $1 in
     --torch) KIND=torch ;;
+    --bench) KIND=bench ;;
     --python) PYTHON=$2; shift ;;
     *) TESTS+=("$1") ;;
   esac
@@ -34,6 +36,11 @@ ln -sf "$ROOT/bazel-bin/engine_patches/native/_C.abi3.so" "$STAGE/kvcached/"
 ln -s "$ROOT"/bazel-bin/{broker/server/kvbrokerd,client/cli/kvctl} "$STAGE/bin/"
 
 cd "$ROOT/engine_patches/tests"
+export KVBROKER_BIN_DIR=$STAGE/bin PYTHONPATH=$STAGE:$PWD PYTHONDONTWRITEBYTECODE=1
+if [ "$KIND" = bench ]; then
+  "$PYTHON" bench.py
+  exit
+fi
 if [ ${#TESTS[@]} = 0 ]; then
   for file in test_*.py; do
     case $KIND/$file in
@@ -41,5 +48,4 @@ if [ ${#TESTS[@]} = 0 ]; then
     esac
   done
 fi
-export KVBROKER_BIN_DIR=$STAGE/bin PYTHONPATH=$STAGE:$PWD PYTHONDONTWRITEBYTECODE=1
 "$PYTHON" -W error::DeprecationWarning -m unittest "${TESTS[@]}"

@@ -268,9 +268,7 @@ class BlocksAndPages(unittest.TestCase):
     def test_every_page_holds_a_block(self) -> None:
         for unit, page in itertools.product(range(1, 25), range(1, 49)):
             # Pages repeat after as many as there are bytes in a block.
-            whole = all(
-                (-(-p * page // unit) + 1) * unit <= (p + 1) * page for p in range(unit)
-            )
+            whole = all((-(-p * page // unit) + 1) * unit <= (p + 1) * page for p in range(unit))
             self.assertEqual(every_page_holds_a_block(unit, page), whole, (unit, page))
 
     def test_a_block_larger_than_a_page_names_the_size_that_would_do(self) -> None:

@@ -143,7 +143,7 @@ class Blocks(BrokerTest):
 
     def test_figures(self) -> None:
         mine = manager()
-        blocks = take(mine, BLOCKS_PER_PAGE + 1)
+        take(mine, BLOCKS_PER_PAGE + 1)
         self.assertEqual(mine.get_mapped_memory_size(), 2 * PAGE)
         self.assertEqual(mine.get_mapped_memory_size("kb"), 2 * PAGE / 1024)
         self.assertEqual(mine.get_mapped_memory_size("mb"), 2 * PAGE / MIB)
@@ -393,7 +393,7 @@ class Limits(BrokerTest):
         self.assertEqual(conflict["status"], "conflict")
         self.assertEqual(conflict["reason"], "revision_reused_with_different_limit")
         self.assertEqual(mine.memory_limit_state()["limit_bytes"], 3 * PAGE + 5)
-        blocks = take(mine, 3 * BLOCKS_PER_PAGE)
+        take(mine, 3 * BLOCKS_PER_PAGE)
         deferred = mine.set_memory_limit(PAGE, revision=4)
         self.assertEqual(deferred["status"], "deferred")
         self.assertEqual(deferred["reason"], "inuse_capacity_above_limit")

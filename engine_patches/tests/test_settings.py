@@ -79,7 +79,8 @@ class Settings(unittest.TestCase):
 
     def test_labels(self) -> None:
         self.assertEqual(
-            settings(KVBROKER_LABELS="model=llama, pod=a=b").labels, {"model": "llama", "pod": "a=b"}
+            settings(KVBROKER_LABELS="model=llama, pod=a=b").labels,
+            {"model": "llama", "pod": "a=b"},
         )
 
     def test_the_view_goes_with_a_name_that_is_set(self) -> None:
