@@ -108,9 +108,12 @@ name_of() {
 # suite WHO VENV PATTERN: runs the package's test modules of that name.
 suite() {
   local who="$1" venv="$2" pattern="$3" modules=() file counts
-  rm -rf -- "${work}/tests"
-  cp -r -- "${root}/engine_patches/tests" "${work}/tests"
-  for file in "${work}"/tests/test_*.py; do
+  # Where the package's sources are not beside them.
+  rm -rf -- "${work}/tree"
+  mkdir -p -- "${work}/tree/engine_patches" "${work}/tree/docs"
+  cp -r -- "${root}/engine_patches/tests" "${work}/tree/engine_patches/"
+  cp -r -- "${root}/docs/api" "${work}/tree/docs/"
+  for file in "${work}"/tree/engine_patches/tests/test_*.py; do
     file="${file##*/}"
     case "${pattern}/${file}" in
       torch/test_torch_* | plain/test_[!t]* | plain/test_t[!o]*) modules+=("${file%.py}") ;;
@@ -121,7 +124,7 @@ suite() {
     failed=$((failed + 1))
     return
   fi
-  (cd -- "${work}/tests" && exec "${venv}/bin/python" -m unittest "${modules[@]}") \
+  (cd -- "${work}/tree/engine_patches/tests" && exec "${venv}/bin/python" -m unittest "${modules[@]}") \
     </dev/null >"${work}/unittest.log" 2>&1 || true
   counts="$("${venv}/bin/python" "${root}/deploy/count_tests.py" unittest "${work}/unittest.log")"
   passed=$((passed + ${counts% *}))
