@@ -110,9 +110,10 @@ def add_to_wheel(wheel: Path, file: Path) -> None:
     digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
     line = f"{file.name},sha256={digest},{len(content)}\n"
     rewritten = wheel.with_suffix(".new")
-    with zipfile.ZipFile(wheel) as old, zipfile.ZipFile(
-        rewritten, "w", zipfile.ZIP_DEFLATED
-    ) as new:
+    with (
+        zipfile.ZipFile(wheel) as old,
+        zipfile.ZipFile(rewritten, "w", zipfile.ZIP_DEFLATED) as new,
+    ):
         for entry in old.infolist():
             data = old.read(entry)
             if entry.filename.endswith(".dist-info/RECORD"):

@@ -14,9 +14,10 @@ import site
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence
+from typing import Any, Callable, NamedTuple
 
 from kvcached import __version__, autopatch, config, programs
 from kvcached.errors import MalformedVariable
@@ -37,19 +38,19 @@ class Finding(NamedTuple):
     mend: str = ""
 
 
-def _native() -> Optional[ModuleType]:
+def _native() -> ModuleType | None:
     try:
         return importlib.import_module("kvcached._C")
     except ImportError:
         return None
 
 
-def _ask(call: Callable[..., str]) -> List[Dict[str, Any]]:
+def _ask(call: Callable[..., str]) -> list[dict[str, Any]]:
     """A listing; nothing where there is no broker. Raises _C.Error for other troubles."""
     from kvcached import _C
 
     try:
-        listed: List[Dict[str, Any]] = json.loads(
+        listed: list[dict[str, Any]] = json.loads(
             call(config.get("KVBROKER_ADDRESS"), timeout_ms=_TIMEOUT_MS)
         )
     except _C.Error as error:
@@ -115,7 +116,7 @@ def check_torch() -> Iterator[Finding]:
         yield Finding(OK, "torch", text + ("" if works or not cuda else ", no GPU"))
 
 
-def _gpu_devices() -> List[str]:
+def _gpu_devices() -> list[str]:
     return sorted(
         path.name
         for path in Path("/dev").glob("nvidia[0-9]*")
@@ -215,7 +216,7 @@ def check_broker(start: bool) -> Iterator[Finding]:
         yield from _describe(broker)
 
 
-def _describe(broker: Dict[str, Any]) -> Iterator[Finding]:
+def _describe(broker: dict[str, Any]) -> Iterator[Finding]:
     text = (
         f"{broker['device_uuid']}: kvbrokerd {broker['version']}, pid {broker['pid']}, "
         f"backend {broker['backend']}"
@@ -312,7 +313,7 @@ def check_variables() -> Iterator[Finding]:
             yield Finding(NOTE, "variable", f"{name} is not known here, and not read", mend)
 
 
-def _site_folders() -> List[Path]:
+def _site_folders() -> list[Path]:
     folders = list(site.getsitepackages()) if hasattr(site, "getsitepackages") else []
     if site.ENABLE_USER_SITE:
         folders.append(site.getusersitepackages())
@@ -380,9 +381,9 @@ def check_shm(folder: str = "/dev/shm") -> Iterator[Finding]:
                 )
 
 
-def examine(start: bool = False) -> List[Finding]:
+def examine(start: bool = False) -> list[Finding]:
     """All that there is to say, in the order in which things build on each other."""
-    checks: List[Callable[[], Iterator[Finding]]] = [check_package, check_python, check_torch]
+    checks: list[Callable[[], Iterator[Finding]]] = [check_package, check_python, check_torch]
     if _native() is not None:
         checks.append(check_gpus)
     checks.append(check_programs)
@@ -392,7 +393,7 @@ def examine(start: bool = False) -> List[Finding]:
     return [finding for check in checks for finding in check()]
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m kvcached",
         description="Says what of kvcached works here, what does not, and how to mend it. "

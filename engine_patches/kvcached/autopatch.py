@@ -17,16 +17,17 @@ import importlib.util
 import os
 import sys
 import threading
+from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any, Optional, Sequence, Set
+from typing import Any
 
 # Package that is imported, and its name for people.
 ENGINES = {"vllm": "vLLM", "sglang": "SGLang"}
 
 _lock = threading.Lock()
-_handled: Set[str] = set()
+_handled: set[str] = set()
 
 
 def wanted() -> bool:
@@ -108,7 +109,7 @@ def _say_unpatched(engine: str) -> None:
     )
 
 
-def engine_version(engine: str) -> Optional[str]:
+def engine_version(engine: str) -> str | None:
     """Of the installed distribution; None: it is not installed by pip's records."""
     from importlib import metadata
 
@@ -118,7 +119,7 @@ def engine_version(engine: str) -> Optional[str]:
         return None
 
 
-def _is_imported(module: Optional[ModuleType]) -> bool:
+def _is_imported(module: ModuleType | None) -> bool:
     """Not while it is being imported: the loader calls then."""
     spec = getattr(module, "__spec__", None)
     return module is not None and not getattr(spec, "_initializing", False)
@@ -136,9 +137,9 @@ class _EngineFinder(MetaPathFinder):
     def find_spec(
         self,
         fullname: str,
-        path: Optional[Sequence[str]] = None,
-        target: Optional[ModuleType] = None,
-    ) -> Optional[ModuleSpec]:
+        path: Sequence[str] | None = None,
+        target: ModuleType | None = None,
+    ) -> ModuleSpec | None:
         if fullname not in ENGINES or getattr(self._asking, "now", False):
             return None
         self._asking.now = True
@@ -153,13 +154,13 @@ class _EngineFinder(MetaPathFinder):
         return spec
 
     def _ask_others(
-        self, fullname: str, path: Optional[Sequence[str]], target: Optional[ModuleType]
-    ) -> Optional[ModuleSpec]:
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None
+    ) -> ModuleSpec | None:
         for finder in list(sys.meta_path):
             find_spec = getattr(finder, "find_spec", None)
             if finder is self or find_spec is None:
                 continue
-            spec: Optional[ModuleSpec] = find_spec(fullname, path, target)
+            spec: ModuleSpec | None = find_spec(fullname, path, target)
             if spec is not None:
                 return spec
         return None
@@ -178,7 +179,7 @@ class _EngineLoader(Loader):
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
 
-    def create_module(self, spec: ModuleSpec) -> Optional[ModuleType]:
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         create = getattr(self._loader, "create_module", None)
         return create(spec) if create is not None else None
 

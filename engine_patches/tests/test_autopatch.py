@@ -76,10 +76,7 @@ class Hook(unittest.TestCase):
         self.addCleanup(patch.stop)
         importlib.invalidate_caches()
 
-    COUNTING = (
-        "calls = []\n"
-        f"def apply():\n    import {ENGINE}\n    calls.append({ENGINE}.value)\n"
-    )
+    COUNTING = f"calls = []\ndef apply():\n    import {ENGINE}\n    calls.append({ENGINE}.value)\n"
 
     def calls(self) -> list[int]:
         module = sys.modules.get(f"kvcached.integration.{ENGINE}.autopatch")

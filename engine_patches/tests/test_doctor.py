@@ -13,8 +13,8 @@ from unittest import mock
 
 from broker import TIMEOUT_S, BrokerTest
 
+from kvcached import _C, __version__
 from kvcached import __main__ as doctor
-from kvcached import __version__, _C
 
 
 class Doctor(BrokerTest):
@@ -74,8 +74,9 @@ class Doctor(BrokerTest):
         self.assertIn(folder, finding.text)
 
     def test_a_broker_that_would_be_started(self) -> None:
-        with tempfile.TemporaryDirectory() as folder, mock.patch.object(
-            doctor, "_ask", return_value=[]
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            mock.patch.object(doctor, "_ask", return_value=[]),
         ):
             self.setenv(KVBROKER_ADDRESS="", XDG_RUNTIME_DIR=folder)
             (finding,) = self.said("broker")
@@ -92,8 +93,9 @@ class Doctor(BrokerTest):
 
     def test_an_engine_that_runs_unpatched(self) -> None:
         self.setenv(ENABLE_KVCACHED="1")
-        with mock.patch("kvcached.autopatch.engine_version", return_value="1.2.3"), mock.patch(
-            "kvcached.autopatch.carries_patches", return_value=False
+        with (
+            mock.patch("kvcached.autopatch.engine_version", return_value="1.2.3"),
+            mock.patch("kvcached.autopatch.carries_patches", return_value=False),
         ):
             (finding,) = self.said("vllm")
             self.assertEqual(finding.status, doctor.PROBLEM)

@@ -159,7 +159,7 @@ class ThirdParty(BrokerTest):
             said = self.kvctl("limit", self.name, str(limit))
             self.assertIn(str(limit), said)
             self.assertEqual(self.listed()["limit_bytes"], limit)
-            self.assertTrue(eventually(lambda: self.figures()[0] == limit), self.figures())
+            self.assertTrue(eventually(lambda want=limit: self.figures()[0] == want))
 
     def test_an_engine_that_starts_anew_has_its_limit_from_the_first_grant_on(self) -> None:
         first = self.engine()

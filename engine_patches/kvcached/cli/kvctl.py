@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import List, NoReturn, Optional, Sequence
+from typing import NoReturn
 
 from kvcached import programs
 
 
-def program() -> Optional[Path]:
+def program() -> Path | None:
     """The program, None where there is none; the script of its name is not it."""
     found = programs.find("kvctl")
     if found is None:
@@ -23,9 +24,9 @@ def program() -> Optional[Path]:
         return found if file.read(4) == b"\x7fELF" else None
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Does not return where the program takes over; its exit status is kvctl's."""
-    arguments: List[str] = list(sys.argv[1:] if argv is None else argv)
+    arguments: list[str] = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["kvtop"]:
         from kvcached.cli import kvtop
 

@@ -11,12 +11,13 @@ import json
 import os
 import sys
 import time
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from kvcached import _C, config
 
 # A piece of a line, and its style: "", "bold", "green", "yellow", "red".
-Line = List[Tuple[str, str]]
+Line = list[tuple[str, str]]
 
 _ANSI = {"bold": "\033[1m", "green": "\033[32m", "yellow": "\033[33m", "red": "\033[31m"}
 _RESET = "\033[0m"
@@ -28,12 +29,12 @@ _NARROWEST_BAR = 8
 class Look(NamedTuple):
     """What brokers said at one time; `problem` where none answered."""
 
-    brokers: List[Dict[str, Any]]
-    instances: List[Dict[str, Any]]
+    brokers: list[dict[str, Any]]
+    instances: list[dict[str, Any]]
     problem: str
 
 
-def look(address: Optional[str], gpu: Optional[str], names: Sequence[str]) -> Look:
+def look(address: str | None, gpu: str | None, names: Sequence[str]) -> Look:
     address = address or config.get("KVBROKER_ADDRESS")
     try:
         brokers = json.loads(_C.list_brokers(address, gpu, _TIMEOUT_MS))
@@ -64,7 +65,7 @@ def color_of(used: int, limit: int) -> str:
     return "yellow" if used * 10 < limit * 8 else "red"
 
 
-def bar(width: int, parts: Sequence[Tuple[str, int, str]], whole: int) -> Line:
+def bar(width: int, parts: Sequence[tuple[str, int, str]], whole: int) -> Line:
     """`[##==--....]`: parts of a whole, drawn to scale; what exceeds it is cut off."""
     inside = max(1, width - 2)
     line: Line = [("[", "")]
@@ -79,14 +80,14 @@ def bar(width: int, parts: Sequence[Tuple[str, int, str]], whole: int) -> Line:
     return line
 
 
-def _broker_lines(broker: Dict[str, Any], width: int) -> List[Line]:
+def _broker_lines(broker: dict[str, Any], width: int) -> list[Line]:
     capacity, lent = int(broker["capacity_bytes"]), int(broker["held_bytes"])
     others = int(broker.get("others_bytes", 0))
     head = f"  lent {format_size(lent)} of {format_size(capacity)}"
     head += f"  free {format_size(max(0, capacity - others - lent))}"
     if others:
         head += f"  others {format_size(others)}"
-    lines: List[Line] = [[(broker["device_uuid"], "bold"), (f" ({broker['backend']})" + head, "")]]
+    lines: list[Line] = [[(broker["device_uuid"], "bold"), (f" ({broker['backend']})" + head, "")]]
     state = broker.get("state") or "serving"
     if state != "serving":
         lines.append([(f"  {state}  {broker.get('device_error', '')}".rstrip(), "red")])
@@ -94,9 +95,7 @@ def _broker_lines(broker: Dict[str, Any], width: int) -> List[Line]:
     return lines
 
 
-def _instance_lines(
-    instances: Sequence[Dict[str, Any]], capacity: int, width: int
-) -> List[Line]:
+def _instance_lines(instances: Sequence[dict[str, Any]], capacity: int, width: int) -> list[Line]:
     rows = []
     for instance in instances:
         limit, used = int(instance["limit_bytes"]), int(instance["used_bytes"])
@@ -117,11 +116,11 @@ def _instance_lines(
     figures_width = sum(widths) + 2 * len(widths)
     bar_width = max(_NARROWEST_BAR, min(60, width - name_width - figures_width - 20))
 
-    def padded(cells: Sequence[str]) -> List[str]:
+    def padded(cells: Sequence[str]) -> list[str]:
         return ["  " + cell.rjust(w) for cell, w in zip(cells, widths)]
 
     top = "NAME".ljust(name_width + 1) + " " * bar_width + "".join(padded(heads)) + "  PIDS"
-    lines: List[Line] = [[(top, "bold")]]
+    lines: list[Line] = [[(top, "bold")]]
     for instance, (cells, rest) in zip(instances, rows):
         limit, used = int(instance["limit_bytes"]), int(instance["used_bytes"])
         style = color_of(used, limit)
@@ -132,18 +131,16 @@ def _instance_lines(
         ]
         line: Line = [(instance["ipc"][:name_width].ljust(name_width + 1), "")]
         line += bar(bar_width, parts, min(limit, capacity) if capacity else limit)
-        line += [
-            (cell, style if head == "%" else "") for head, cell in zip(heads, padded(cells))
-        ]
+        line += [(cell, style if head == "%" else "") for head, cell in zip(heads, padded(cells))]
         lines.append([*line, (rest, "")])
     return lines
 
 
-def render(seen: Look, width: int) -> List[Line]:
+def render(seen: Look, width: int) -> list[Line]:
     """The lines to show, for a screen of this width; longer ones are to be cut."""
     if seen.problem:
         return [[(line, "red")] for line in seen.problem.splitlines()]
-    lines: List[Line] = []
+    lines: list[Line] = []
     for broker in seen.brokers:
         if lines:
             lines.append([])
@@ -188,7 +185,7 @@ def _run_plain(options: argparse.Namespace, color: bool) -> int:
 def _run_screen(options: argparse.Namespace, color: bool) -> None:
     import curses
 
-    def draw(screen: Any, styles: Dict[str, int], lines: Sequence[Line], offset: int) -> None:
+    def draw(screen: Any, styles: dict[str, int], lines: Sequence[Line], offset: int) -> None:
         height, width = screen.getmaxyx()
         screen.erase()
         for row, line in enumerate(lines[offset : offset + height - 1]):
@@ -258,7 +255,7 @@ def _can_do_screens() -> bool:
         return False
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="kvtop", description="Shows who uses, keeps and waits for a GPU's KV memory."
     )

@@ -22,7 +22,7 @@ import os
 import struct
 import subprocess
 from dataclasses import dataclass
-from typing import IO, Any, ClassVar, Dict, List, Optional, Union
+from typing import IO, Any, ClassVar
 
 from kvcached import _C, config
 from kvcached.utils import SHM_DIR
@@ -30,8 +30,8 @@ from kvcached.utils import SHM_DIR
 _INT64_MAX = (1 << 63) - 1
 
 
-def _address() -> Optional[str]:
-    address: Optional[str] = config.get("KVBROKER_ADDRESS")
+def _address() -> str | None:
+    address: str | None = config.get("KVBROKER_ADDRESS")
     return address
 
 
@@ -47,10 +47,10 @@ def get_ipc_name(ipc_path: str) -> str:
     return os.path.basename(ipc_path)
 
 
-def _instances() -> List[Dict[str, Any]]:
+def _instances() -> list[dict[str, Any]]:
     """Of all brokers that answer; none where there is no broker."""
     try:
-        listed: List[Dict[str, Any]] = json.loads(_C.list_instances(_address()))
+        listed: list[dict[str, Any]] = json.loads(_C.list_instances(_address()))
     except _C.Error as error:
         if error.code == _C.NOT_FOUND:
             return []
@@ -58,7 +58,7 @@ def _instances() -> List[Dict[str, Any]]:
     return listed
 
 
-def get_all_ipc_names() -> List[str]:
+def get_all_ipc_names() -> list[str]:
     """The names of all instances that brokers of this machine know."""
     return sorted({instance["ipc"] for instance in _instances()})
 
@@ -83,7 +83,7 @@ class MemInfoStruct:
         struct.pack_into("3q", buf, 0, self.total_size, self.used_size, self.prealloc_size)
 
 
-def _figures(name: str) -> Optional[MemInfoStruct]:
+def _figures(name: str) -> MemInfoStruct | None:
     """What the broker says; None: it knows no such instance."""
     found = [instance for instance in _instances() if instance["ipc"] == name]
     if not found:
@@ -117,8 +117,8 @@ class RwLockedShm:
     def __init__(
         self,
         file_path: str,
-        mode_or_size: Union[str, int] = "rb",
-        lock_type: Optional[int] = None,
+        mode_or_size: str | int = "rb",
+        lock_type: int | None = None,
     ) -> None:
         self.file_path = get_ipc_path(file_path)
         self.size = MemInfoStruct.SHM_SIZE
@@ -134,9 +134,9 @@ class RwLockedShm:
             raise ValueError("lock_type is neither RLOCK nor WLOCK")
         self.lock_type = lock_type
         self.mode = "r+b" if lock_type == self.WLOCK else "rb"
-        self.file: Optional[IO[bytes]] = None
-        self.mm: Optional[mmap.mmap] = None
-        self._before: Optional[MemInfoStruct] = None
+        self.file: IO[bytes] | None = None
+        self.mm: mmap.mmap | None = None
+        self._before: MemInfoStruct | None = None
         self._exists = True
 
     def __enter__(self) -> mmap.mmap:
@@ -191,12 +191,12 @@ class RwLockedShm:
         self._before = figures if self.lock_type == self.WLOCK else None
 
 
-def get_kv_cache_limit(ipc_name: str) -> Optional[MemInfoStruct]:
+def get_kv_cache_limit(ipc_name: str) -> MemInfoStruct | None:
     """Limit and figures of an instance as its broker has them; None: no such instance."""
     return _figures(get_ipc_name(ipc_name))
 
 
-def update_kv_cache_limit(ipc_name: str, kv_cache_limit: int) -> Optional[MemInfoStruct]:
+def update_kv_cache_limit(ipc_name: str, kv_cache_limit: int) -> MemInfoStruct | None:
     """Sets the limit, in bytes, of an instance that exists; None: there is none.
 
     In force for new memory when it returns; what is above drains meanwhile.
