@@ -16,8 +16,12 @@ _TOKEN = re.compile(r"`([^`]*)`|\*\*(.+?)\*\*|\*([^*\s][^*]*?)\*|\[([^\]]+)\]\([
 
 
 def _escape(text: str) -> str:
-    text = text.replace("\\", "\\e").replace("-", "\\-")
-    return re.sub(r"(?m)^(?=[.'])", r"\\&", text)
+    return text.replace("\\", "\\e").replace("-", "\\-")
+
+
+def _text_line(line: str) -> str:
+    """A line that is no request, whatever it begins with."""
+    return "\\&" + line if line.startswith((".", "'")) else line
 
 
 def _inline(text: str) -> str:
@@ -41,9 +45,9 @@ def _paragraph(lines: list[str]) -> list[str]:
     for line in lines:
         line = line.strip()
         if line.endswith("\\"):
-            out += [_inline(line[:-1]), ".br"]
+            out += [_text_line(_inline(line[:-1])), ".br"]
         else:
-            out.append(_inline(line))
+            out.append(_text_line(_inline(line)))
     return out
 
 
@@ -57,7 +61,7 @@ def _table(lines: list[str]) -> list[str]:
     out = [".TS", "tab(\t);", " ".join(["lb"] + ["l"] * (columns - 1)) + "."]
     for number, row in enumerate(body):
         cells = [f"\\fB{_inline(cell)}\\fR" if number == 0 else _inline(cell) for cell in row]
-        cells[-1] = "T{\n" + cells[-1] + "\nT}"
+        cells[-1] = "T{\n" + _text_line(cells[-1]) + "\nT}"
         out.append("\t".join(cells))
     return [*out, ".TE"]
 
@@ -84,7 +88,14 @@ def _body(blocks: list[list[str]]) -> list[str]:
         elif block[0].startswith("|"):
             out += _table(block)
         elif block[0].startswith("    "):
-            out += [".PP", ".nf", ".RS 4", *(_escape(line[4:]) for line in block), ".RE", ".fi"]
+            out += [
+                ".PP",
+                ".nf",
+                ".RS 4",
+                *(_text_line(_escape(line[4:])) for line in block),
+                ".RE",
+                ".fi",
+            ]
         elif len(block) > 1 and block[1].startswith(":   "):
             term, first = block[0], [block[1][4:], *block[2:]]
             number, more = _indented(blocks, number)
@@ -109,7 +120,7 @@ def _indented(blocks: list[list[str]], number: int) -> tuple[int, list[list[str]
 
 
 def _definition(term: str, blocks: list[list[str]]) -> list[str]:
-    out = [".TP", _inline(term), *_paragraph(blocks[0])]
+    out = [".TP", _text_line(_inline(term)), *_paragraph(blocks[0])]
     if len(blocks) > 1:
         out += [".RS", *_body(blocks[1:]), ".RE"]
     return out

@@ -187,6 +187,8 @@ print(programs.find("kvbrokerd"))')"
   if step "${who}" "starts its kvbrokerd" start_broker "${kvbrokerd}"; then
     export KVBROKER_ADDRESS="${work}/broker/sockets"
     step "${who}" "kvctl list" "${venv}/bin/kvctl" list || true
+    ln -sf "${venv}/bin/kvctl" "${work}/a link"
+    step "${who}" "kvctl list, through a link" "${work}/a link" list || true
     step "${who}" "python -m kvcached.cli.kvctl list" \
       "${venv}/bin/python" -m kvcached.cli.kvctl list || true
     step "${who}" "kvtop" "${venv}/bin/kvtop" --once || true

@@ -13,8 +13,10 @@ import unittest
 from pathlib import Path
 
 from broker import TIMEOUT_S, BrokerTest
+from kvcached import config
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "api" / "python.md"
+FOLDER = Path(__file__).resolve().parents[2] / "docs" / "api"
+PAGE = FOLDER / "python.md"
 NEEDS_TORCH = "# needs torch\n"
 
 
@@ -26,6 +28,14 @@ def examples(torch: bool) -> list[tuple[int, str]]:
         for found in re.finditer(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
         if found.group(1).startswith(NEEDS_TORCH) == torch
     ]
+
+
+class Variables(unittest.TestCase):
+    def test_all_are_described(self) -> None:
+        text = (FOLDER / "variables.md").read_text(encoding="utf-8")
+        rows = "".join(line for line in text.splitlines() if line.startswith("| `"))
+        described = set(re.findall(r"`([A-Z_]+)`", rows.replace("` | `", "`, `")))
+        self.assertEqual(set(config.VARIABLES) - described, set())
 
 
 class Examples(BrokerTest):
