@@ -13,8 +13,8 @@
 namespace kvbroker::client {
 namespace {
 
-// The broker tells the session before it answers who asked; the session's worker
-// may be at something else.
+// The broker tells the session before it answers who asked; the session's
+// worker may be at something else.
 constexpr absl::Duration kSessionKnows = absl::Seconds(1);
 
 absl::StatusOr<cli::Fleet> FindFleet(const AddressOptions& where,
@@ -27,9 +27,10 @@ absl::StatusOr<cli::Fleet> FindFleet(const AddressOptions& where,
   return cli::Fleet(std::move(brokers));
 }
 
-absl::StatusOr<AdminAnswer> List(
-    const AddressOptions& where, absl::Duration timeout,
-    std::string (*print)(const cli::Listing&, cli::JsonLayout)) {
+absl::StatusOr<AdminAnswer> List(const AddressOptions& where,
+                                 absl::Duration timeout,
+                                 std::string (*print)(const cli::Listing&,
+                                                      cli::JsonLayout)) {
   ASSIGN_OR_RETURN(cli::Fleet fleet, FindFleet(where, timeout));
   ASSIGN_OR_RETURN(cli::Listing listing, fleet.List({}));
   AdminAnswer answer;
@@ -66,8 +67,7 @@ absl::Status ChangePolicy(const AddressOptions& where,
                           absl::Duration timeout) {
   ASSIGN_OR_RETURN(cli::Fleet fleet, FindFleet(where, timeout));
   ASSIGN_OR_RETURN(auto replies, fleet.SetPolicy(change));
-  return replies.failures.empty() ? absl::OkStatus()
-                                  : replies.failures.front();
+  return replies.failures.empty() ? absl::OkStatus() : replies.failures.front();
 }
 
 absl::Status SetOwnMax(Session& session, const BrokerAddress& broker, Bytes max,
@@ -89,8 +89,13 @@ absl::Status SetOwnMax(Session& session, const BrokerAddress& broker, Bytes max,
     }
     answer = client->SetPolicy(request);
   }
+  if (absl::IsNotFound(answer.status()) && !session.health().ok()) {
+    return absl::UnavailableError(
+        "the session has not come back to its broker yet");
+  }
   RETURN_IF_ERROR(answer.status());
-  // If it does not hear of it, somebody has set another one, or its broker went.
+  // If it does not hear of it, somebody has set another one, or its broker
+  // went.
   session.AwaitMax(max, kSessionKnows);
   return absl::OkStatus();
 }

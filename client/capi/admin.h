@@ -1,7 +1,8 @@
-// What the C ABI asks brokers as an operator does, without a session of its own.
+// What the C ABI asks brokers as an operator does, without a session of its
+// own.
 //
-// Each call connects anew and waits for its answers. Thread-safe: free functions
-// without state.
+// Each call connects anew and waits for its answers. Thread-safe: free
+// functions without state.
 #ifndef KVBROKER_CLIENT_CAPI_ADMIN_H_
 #define KVBROKER_CLIENT_CAPI_ADMIN_H_
 
@@ -17,8 +18,8 @@
 
 namespace kvbroker::client {
 
-// NULLs and empty texts are what they are on kvctl's command line: KVBROKER_ADDRESS,
-// then the default directories; all GPUs.
+// NULLs and empty texts are what they are on kvctl's command line:
+// KVBROKER_ADDRESS, then the default directories; all GPUs.
 AddressOptions WhereBrokersAre(const char* address, const char* gpu);
 
 // JSON (client/cli/listing_json.h), and why a broker is missing from it.
@@ -39,8 +40,8 @@ absl::Status ChangePolicy(const AddressOptions& where,
                           const cli::PolicyChange& change,
                           absl::Duration timeout);
 
-// The session's own instance, on its own broker, which is at `broker`. The session
-// knows of it when this returns.
+// The session's own instance, on its own broker, which is at `broker`. The
+// session knows of it when this returns.
 absl::Status SetOwnMax(Session& session, const BrokerAddress& broker, Bytes max,
                        absl::Duration timeout);
 

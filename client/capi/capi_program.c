@@ -420,6 +420,177 @@ static void test_giving_way(const char* address) {
   kvb_session_close(modest);
 }
 
+static void check_policy_refused(const char* address, kvb_policy policy,
+                                 kvb_code code, const char* says) {
+  char* error = NULL;
+  const kvb_code got =
+      kvb_set_policy(address, NULL, "c-admin", &policy, 10000, &error);
+  if (got != code) fprintf(stderr, "policy: %d %s\n", got, error);
+  CHECK(got == code);
+  if (strstr(error, says) == NULL) fprintf(stderr, "policy: %s\n", error);
+  CHECK(strstr(error, says) != NULL);
+  kvb_error_free(error);
+}
+
+/* What operators ask. */
+static void test_admin(const char* address) {
+  char* json = NULL;
+  char* error = NULL;
+  CHECK(kvb_list_instances(address, NULL, 10000, &json, &error) == KVB_OK);
+  CHECK(error == NULL && strcmp(json, "[]\n") == 0);
+  kvb_text_free(json);
+  kvb_text_free(NULL);
+
+  struct told told = {0};
+  kvb_session_options* options = session_options("c-admin", address);
+  kvb_pool_options pool = pool_options(&told);
+  CHECK(kvb_session_options_add_pool(options, &pool, NULL) == KVB_OK);
+  kvb_session* session = open_session(options);
+
+  CHECK(kvb_list_instances(address, NULL, 10000, &json, NULL) == KVB_OK);
+  CHECK(strstr(json, "\"ipc\": \"c-admin\"") != NULL);
+  CHECK(strstr(json, "\"limit_bytes\": ") != NULL);
+  CHECK(strstr(json, "\"used_bytes\": 0") != NULL);
+  kvb_text_free(json);
+  CHECK(kvb_list_brokers(address, NULL, KVB_FOREVER, &json, NULL) == KVB_OK);
+  static const char* const fields[] = {
+      "version",     "backend",      "backend_reason", "device_uuid",
+      "incarnation", "pid",          "total_bytes",    "capacity_bytes",
+      "held_bytes",  "stock_bytes",  "sessions",       "uptime_seconds",
+      "state",       "others_bytes", "foreign_bytes",  "declared_bytes",
+      "device_error"};
+  for (size_t i = 0; i < sizeof(fields) / sizeof(fields[0]); ++i) {
+    char quoted[64];
+    snprintf(quoted, sizeof(quoted), "\"%s\": ", fields[i]);
+    CHECK(strstr(json, quoted) != NULL);
+  }
+  CHECK(strstr(json, "\"capacity_bytes\": 8388608") != NULL);
+  CHECK(strstr(json, "\"sessions\": 1,") != NULL);
+  kvb_text_free(json);
+
+  /* By name, and by the session's own. */
+  kvb_policy policy = {.size = sizeof(policy),
+                       .fields = KVB_POLICY_MAX | KVB_POLICY_WEIGHT,
+                       .max_bytes = 3 * kMiB + 1,
+                       .weight = 2};
+  CHECK(kvb_set_policy(address, NULL, "c-admin", &policy, 10000, &error) ==
+        KVB_OK);
+  kvb_limits limits = {.size = sizeof(limits)};
+  tries = 0;
+  do {
+    pause_a_little();
+    kvb_session_limits(session, &limits);
+  } while (limits.max_bytes != 3 * kMiB + 1);
+  for (uint64_t max = 0; max <= 5 * kMiB; max += kMiB / 2 + 1) {
+    CHECK(kvb_session_set_max(session, max, &error) == KVB_OK);
+    kvb_session_limits(session, &limits);
+    CHECK(limits.max_bytes == max);
+  }
+  CHECK(kvb_session_set_max(session, UINT64_MAX, &error) ==
+        KVB_INVALID_ARGUMENT);
+  kvb_error_free(error);
+  policy = (kvb_policy){.size = sizeof(policy),
+                        .fields = KVB_POLICY_MAX_PERCENT | KVB_POLICY_MIN,
+                        .min_bytes = kMiB,
+                        .max_percent = 100};
+  CHECK(kvb_set_policy(address, NULL, "c-admin", &policy, 10000, NULL) ==
+        KVB_OK);
+  policy = (kvb_policy){.size = sizeof(policy),
+                        .fields = KVB_POLICY_MIN,
+                        .preset = 1,
+                        .min_bytes = 64 * kMiB};
+  check_policy_refused(address, policy, KVB_FAILED_PRECONDITION, "guaranteed");
+  policy.fields = 0;
+  check_policy_refused(address, policy, KVB_INVALID_ARGUMENT, "fields");
+  policy.fields = 1u << 20;
+  check_policy_refused(address, policy, KVB_INVALID_ARGUMENT, "fields");
+  policy.fields = KVB_POLICY_MAX | KVB_POLICY_MAX_PERCENT;
+  check_policy_refused(address, policy, KVB_INVALID_ARGUMENT, "not both");
+  policy.fields = KVB_POLICY_MAX_PERCENT;
+  policy.max_percent = 101;
+  check_policy_refused(address, policy, KVB_INVALID_ARGUMENT, "max_percent");
+  policy.fields = KVB_POLICY_WEIGHT;
+  policy.weight = -1;
+  check_policy_refused(address, policy, KVB_INVALID_ARGUMENT, "weight");
+  policy.size = sizeof(policy) + 8;
+  check_policy_refused(address, policy, KVB_FAILED_PRECONDITION, "newer");
+
+  policy = (kvb_policy){.size = sizeof(policy), .fields = KVB_POLICY_MAX};
+  CHECK(kvb_set_policy(address, NULL, "nobody", &policy, 10000, &error) ==
+        KVB_NOT_FOUND);
+  CHECK(strstr(error, "c-admin") != NULL); /* those that exist */
+  kvb_error_free(error);
+
+  /* No broker at all. */
+  json = NULL;
+  CHECK(kvb_list_instances("/nonexistent", NULL, 10000, &json, &error) ==
+        KVB_NOT_FOUND);
+  CHECK(json == NULL && strstr(error, "/nonexistent") != NULL);
+  kvb_error_free(error);
+  CHECK(kvb_list_brokers(address, "GPU-none", 10000, &json, &error) ==
+        KVB_NOT_FOUND);
+  CHECK(json == NULL);
+  kvb_error_free(error);
+
+  /* KVBROKER_ADDRESS, where no address is given. */
+  CHECK(setenv("KVBROKER_ADDRESS", address, 1) == 0);
+  CHECK(kvb_list_instances(NULL, NULL, 10000, &json, NULL) == KVB_OK);
+  CHECK(strstr(json, "c-admin") != NULL);
+  kvb_text_free(json);
+  CHECK(unsetenv("KVBROKER_ADDRESS") == 0);
+
+  /* A child does not hang. */
+  const pid_t child = fork();
+  CHECK(child >= 0);
+  if (child == 0) {
+    const kvb_code code = kvb_list_instances(address, NULL, 10000, &json, NULL);
+    _exit(code == KVB_FAILED_PRECONDITION ? 0 : 1);
+  }
+  int status = 1;
+  CHECK(waitpid(child, &status, 0) == child);
+  CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+  kvb_session_close(session);
+}
+
+/* The view's whole test is tests/integration/shm_view_test. */
+static void test_shm_view(const char* address) {
+  char directory[] = "/tmp/kvb_view_XXXXXX";
+  CHECK(mkdtemp(directory) != NULL);
+  char path[64];
+  snprintf(path, sizeof(path), "%s/c-view", directory);
+  struct told told = {0};
+  kvb_session_options* options = session_options("c-view", address);
+  kvb_session_options_set_shm_view(options, directory);
+  kvb_session_options_set_max(options, 3 * kMiB);
+  kvb_pool_options pool = pool_options(&told);
+  CHECK(kvb_session_options_add_pool(options, &pool, NULL) == KVB_OK);
+  kvb_session* session = open_session(options);
+  FILE* file = fopen(path, "rb");
+  CHECK(file != NULL);
+  int64_t figures[4];
+  CHECK(fread(figures, 1, sizeof(figures), file) == 24);
+  CHECK(figures[0] == 3 * kMiB && figures[1] == 0 && figures[2] == 0);
+  fclose(file);
+  kvb_session_close(session);
+  CHECK(access(path, F_OK) != 0);
+
+  /* By default there is none, and one that cannot be costs nothing else. */
+  options = session_options("c-view", address);
+  kvb_session_options_set_shm_view(options, directory);
+  kvb_session_options_set_shm_view(options, NULL);
+  CHECK(kvb_session_options_add_pool(options, &pool, NULL) == KVB_OK);
+  session = open_session(options);
+  CHECK(access(path, F_OK) != 0);
+  kvb_session_close(session);
+  CHECK(rmdir(directory) == 0);
+  options = session_options("c-view", address);
+  kvb_session_options_set_shm_view(options, directory);
+  CHECK(kvb_session_options_add_pool(options, &pool, NULL) == KVB_OK);
+  session = open_session(options);
+  CHECK(kvb_session_health(session, NULL) == KVB_OK);
+  kvb_session_close(session);
+}
+
 /* The pools live on without the broker, and say so. */
 static void test_without_broker(const char* address, pid_t broker) {
   enum { kBlocks = 16 };
@@ -436,6 +607,15 @@ static void test_without_broker(const char* address, pid_t broker) {
   char* error = NULL;
   while (kvb_session_health(session, &error) == KVB_OK) pause_a_little();
   CHECK(error != NULL);
+  kvb_error_free(error);
+  error = NULL;
+  CHECK(kvb_session_set_max(session, kMiB, &error) == KVB_UNAVAILABLE);
+  kvb_error_free(error);
+  char* json = NULL;
+  error = NULL;
+  CHECK(kvb_list_brokers(address, NULL, 10000, &json, &error) ==
+        KVB_UNAVAILABLE);
+  CHECK(json == NULL && error != NULL);
   kvb_error_free(error);
   memset((char*)kvb_pool_region(pool, 0) + (size_t)blocks[0] * kBlockBytes, 1,
          kBlockBytes);
@@ -456,6 +636,8 @@ int main(int argc, char** argv) {
     test_session(argv[1]);
     test_blocks(argv[1]);
     test_giving_way(argv[1]);
+    test_admin(argv[1]);
+    test_shm_view(argv[1]);
   }
   puts("PASSED");
   return 0;

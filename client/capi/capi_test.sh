@@ -7,6 +7,7 @@ start_broker --capacity 8M
 "$CAPI/capi_program" "$ADDRESS" || fail "the C program"
 "$CAPI/example" "$ADDRESS" >"$WORK/stdout" || fail "the example"
 grep -q '^example: 64 blocks in use' "$WORK/stdout" || fail "the example's words"
+kvctl delete c-admin >/dev/null # what an operator has set stays
 [ "$(kvctl list --json)" = "[]" ] || fail "an instance is left"
 "$CAPI/capi_program" "$ADDRESS" "$BROKER" || fail "without a broker"
 "$CAPI/example" "$ADDRESS" 2>"$WORK/stderr" && fail "a session with nobody"

@@ -52,6 +52,37 @@ TEST(ListingToJsonTest, HasEveryFigureToTheByte) {
               "broker_state": "serving", "device_error": ""}])"));
 }
 
+TEST(BrokersToJsonTest, HasEveryFieldByItsName) {
+  FakeBroker broker("GPU-1");
+  broker.status.set_version("1.2");
+  broker.status.set_backend_reason("asked for");
+  broker.status.set_incarnation(18446744073709551615u);
+  broker.status.set_pid(4712);
+  broker.status.set_stock_bytes(3);
+  broker.status.set_uptime_seconds(1.5);
+  broker.status.set_others_bytes(4);
+  broker.status.set_device_error("it fell off the bus");
+  const json array =
+      json::parse(BrokersToJson(ListingOf(broker), JsonLayout::kLine));
+  ASSERT_EQ(array.size(), 1u);
+  const json& object = array[0];
+  const google::protobuf::Descriptor& fields = *v1::BrokerStatus::descriptor();
+  for (int i = 0; i < fields.field_count(); ++i) {
+    EXPECT_TRUE(object.contains(fields.field(i)->name()))
+        << fields.field(i)->name();
+  }
+  EXPECT_EQ(object.size(), static_cast<size_t>(fields.field_count()));
+  EXPECT_EQ(object["version"], "1.2");
+  EXPECT_EQ(object["backend_reason"], "asked for");
+  EXPECT_EQ(object["device_uuid"], "GPU-1");
+  EXPECT_EQ(object["incarnation"], 18446744073709551615u);
+  EXPECT_EQ(object["pid"], 4712);
+  EXPECT_EQ(object["stock_bytes"], 3);
+  EXPECT_EQ(object["uptime_seconds"], 1.5);
+  EXPECT_EQ(object["others_bytes"], 4);
+  EXPECT_EQ(object["device_error"], "it fell off the bus");
+}
+
 TEST(ListingToJsonTest, SaysThatTheDeviceIsLost) {
   FakeBroker broker("GPU-1");
   broker.Add("conv", GiB(1));

@@ -177,7 +177,7 @@ Opened Session::opened() {
 bool Session::AwaitMax(Bytes max, absl::Duration timeout) {
   const absl::Time give_up = absl::Now() + timeout;
   MutexLock lock(&mu_);
-  while (health_.ok() && !closing_ && opened_ && opened_->max != max) {
+  while (!closing_ && opened_ && opened_->max != max) {
     if (changed_.WaitWithDeadline(&mu_, give_up)) break;
   }
   return opened_ && opened_->max == max;

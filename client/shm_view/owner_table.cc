@@ -84,9 +84,9 @@ absl::StatusOr<OwnerTable> OwnerTable::Open(int directory,
           S_ISSOCK(status.st_mode) || status.st_nlink > 1) ||
         S_ISDIR(status.st_mode) ||
         unlinkat(directory, file_name.c_str(), 0) != 0) {
-      return absl::FailedPreconditionError(absl::StrCat(
-          "the table of owners cannot be opened, ", file_name, ": ",
-          ErrnoToStatus(error, "openat").message()));
+      return absl::FailedPreconditionError(
+          absl::StrCat("the table of owners cannot be opened, ", file_name,
+                       ": ", ErrnoToStatus(error, "openat").message()));
     }
   }
   return absl::FailedPreconditionError(

@@ -1,11 +1,11 @@
 // OwnerTable: who keeps one view, and what each of them has.
 //
-// Several sessions, of one process or of several, may have an instance's name in
-// common, and one view. Each has a slot in a small file beside the view,
-// <directory>/.<name>.kvbroker, and whoever looks adds the slots up. A slot counts
-// while its owner holds a record lock (fcntl) on it, which the kernel takes back
-// when the process ends, however it ends, and which a forked child has no part
-// in. So what a killed owner left counts for nothing at once.
+// Several sessions, of one process or of several, may have an instance's name
+// in common, and one view. Each has a slot in a small file beside the view,
+// <directory>/.<name>.kvbroker, and whoever looks adds the slots up. A slot
+// counts while its owner holds a record lock (fcntl) on it, which the kernel
+// takes back when the process ends, however it ends, and which a forked child
+// has no part in. So what a killed owner left counts for nothing at once.
 //
 //   ASSIGN_OR_RETURN(OwnerTable table, OwnerTable::Open(directory, name));
 //   if (table.TryLock() && table.Current()) {
@@ -63,12 +63,14 @@ class OwnerTable {
   bool TryLock();
   void Unlock();
 
-  // RESOURCE_EXHAUSTED: all are taken. REQUIRES the lock, as all below but Live.
+  // RESOURCE_EXHAUSTED: all are taken. REQUIRES the lock, as all below but
+  // Live.
   absl::StatusOr<int> TakeSlot();
   void ReturnSlot(int slot);
   bool Write(int slot, const OwnerRecord& record);
 
-  // The limit that an owner wrote to the view last; any other in it is not ours.
+  // The limit that an owner wrote to the view last; any other in it is not
+  // ours.
   int64_t written_limit() const;
   bool set_written_limit(int64_t limit);
 

@@ -182,7 +182,8 @@ absl::Status ShmView::BringUpToDate(Outcome& outcome) {
     for (auto& [owner, own] : owners_) own.slot = -1;
   }
   if (!table_) {
-    ASSIGN_OR_RETURN(OwnerTable table, OwnerTable::Open(directory_.get(), name_));
+    ASSIGN_OR_RETURN(OwnerTable table,
+                     OwnerTable::Open(directory_.get(), name_));
     table_.emplace(std::move(table));
     for (auto& [owner, own] : owners_) own.written = false;
   }

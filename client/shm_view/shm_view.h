@@ -1,8 +1,9 @@
 // ShmView: the shared-memory view of one instance, as this process keeps it.
 //
-// Control planes made for kvcached read the file <directory>/<name> and write an
-// instance's limit into it (docs/shm_view.md). Each session of the instance is an
-// *owner*. A Pass brings the file up to date and says what others have written:
+// Control planes made for kvcached read the file <directory>/<name> and write
+// an instance's limit into it (docs/shm_view.md). Each session of the instance
+// is an *owner*. A Pass brings the file up to date and says what others have
+// written:
 //
 //   ASSIGN_OR_RETURN(ShmView view, ShmView::Open("/dev/shm", "llama"));
 //   ShmView::Owner owner = view.AddOwner("GPU-1a2b");
@@ -17,12 +18,12 @@
 // in use, the sums of its owners; and the limit that one of them heard last,
 // which is the instance's on each device.
 //
-// A limit in the file that no owner wrote is asked for by whoever sees it first;
-// the others leave it alone meanwhile. Once it is answered the file shows what is
-// in force, be it that one or not.
+// A limit in the file that no owner wrote is asked for by whoever sees it
+// first; the others leave it alone meanwhile. Once it is answered the file
+// shows what is in force, be it that one or not.
 //
-// Where nothing has changed a Pass takes no lock: two looks at names, two reads.
-// Where another holds a lock it comes back without having waited.
+// Where nothing has changed a Pass takes no lock: two looks at names, two
+// reads. Where another holds a lock it comes back without having waited.
 //
 // Not thread-safe; the views of one process are kept by its ViewKeeper.
 #ifndef KVBROKER_CLIENT_SHM_VIEW_SHM_VIEW_H_
@@ -43,8 +44,8 @@
 #include "broker/base/bytes.h"
 #include "broker/base/unique_fd.h"
 #include "client/shm_view/owner_table.h"
-#include "client/shm_view/view_file.h"
 #include "client/shm_view/view_figures.h"
+#include "client/shm_view/view_file.h"
 
 namespace kvbroker::client {
 
@@ -81,7 +82,8 @@ class ShmView {
 
   // The figures of each owner of this process.
   Outcome Pass(const std::map<Owner, ViewFigures>& figures);
-  // The broker has answered what was asked; the next Pass shows what is in force.
+  // The broker has answered what was asked; the next Pass shows what is in
+  // force.
   void Answered() { asking_until_ = 0; }
 
   // Of the file, to be watched; -1: there is none. Another file has another

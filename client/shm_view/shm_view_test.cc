@@ -309,8 +309,8 @@ TEST_F(ShmViewTest, WhoHeardOfALimitLastIsBelieved) {
   ShmView view = OpenView();
   const ShmView::Owner owner = view.AddOwner(kGpu);
   view.Pass({{owner, {100, 30, 0}}});
-  // The other one does not know yet, and must not write the old one, nor ask for
-  // what we wrote.
+  // The other one does not know yet, and must not write the old one, nor ask
+  // for what we wrote.
   view.Pass({{owner, {80, 30, 0}}});
   EXPECT_EQ(other.Pass(), -1);
   EXPECT_EQ(File(), (ViewFigures{80, 50, 0}));
@@ -420,8 +420,8 @@ TEST_F(ShmViewTest, KnowsItselfByAnyPath) {
 
 TEST_F(ShmViewTest, ADirectoryThatIsNotThereIsAnError) {
   EXPECT_FALSE(ShmView::Open(folder_ / "nowhere", "llama").ok());
-  EXPECT_TRUE(absl::IsInvalidArgument(
-      ShmView::Open(folder_.path(), "..").status()));
+  EXPECT_TRUE(
+      absl::IsInvalidArgument(ShmView::Open(folder_.path(), "..").status()));
 }
 
 // Not a test of time: the figure is printed for who wants it.

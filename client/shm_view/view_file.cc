@@ -163,8 +163,7 @@ absl::StatusOr<ViewFigures> ViewFile::Read() const {
     ViewFigures figures;
     char beyond;
   } content;
-  const ssize_t got =
-      pread(file_.get(), &content, sizeof(ViewFigures) + 1, 0);
+  const ssize_t got = pread(file_.get(), &content, sizeof(ViewFigures) + 1, 0);
   if (got < 0) return ErrnoToStatus(errno, "pread of the view");
   if (got != sizeof(ViewFigures)) {
     return absl::OutOfRangeError("the view has another size than 24 bytes");

@@ -15,7 +15,8 @@
 //   a symbolic link, FIFO, socket, empty file of this user,   a file is made in
 //     or one with several names                                 its place
 //   anything else (a directory, a file of another user or     is left alone: it
-//     another size)                                             may be of use to
+//     another size)                                             may be of use
+//     to
 //                                                               somebody
 //
 // No link is followed, nothing but a view is ever written to, and a file comes
@@ -45,8 +46,8 @@ absl::Status CheckViewName(const std::string& name);
 
 class ViewFile {
  public:
-  // `directory` is borrowed and outlives the file. FAILED_PRECONDITION: something
-  // else has the name; says what.
+  // `directory` is borrowed and outlives the file. FAILED_PRECONDITION:
+  // something else has the name; says what.
   static absl::StatusOr<ViewFile> Open(int directory, const std::string& name,
                                        const ViewFigures& figures);
 

@@ -35,9 +35,13 @@ constexpr absl::Duration kLook = absl::Milliseconds(100);
 constexpr absl::Duration kTryAgain = absl::Milliseconds(10);
 // Between two passes, however often somebody writes.
 constexpr absl::Duration kPause = absl::Milliseconds(5);
+// A broker that is being restarted is asked again for so long; less than ShmView
+// lets others wait for it.
+constexpr absl::Duration kAskFor = absl::Seconds(4);
 // While something else has the view's name.
 constexpr absl::Duration kAfterProblem = absl::Seconds(1);
-// A view that somebody else has locked is waited for so long at its owner's start.
+// A view that somebody else has locked is waited for so long at its owner's
+// start.
 constexpr absl::Duration kFirstPass = absl::Milliseconds(200);
 constexpr absl::Duration kSameRemark = absl::Seconds(1);
 
@@ -106,6 +110,8 @@ class ViewKeeper {
     absl::Time due = absl::InfinitePast();
     uint64_t watched = 0;
     int watch = -1;
+    std::optional<Bytes> asked;  // of the broker, again and again if need be
+    absl::Time ask_until;
     std::string last_remark;
     absl::Time remarked_at = absl::InfinitePast();
   };
@@ -168,9 +174,9 @@ class ViewKeeper {
 
   void Leave(const std::shared_ptr<Entry>& entry) {
     for (auto kept = kept_.begin(); kept != kept_.end(); ++kept) {
-      auto owner = std::find_if(
-          kept->owners.begin(), kept->owners.end(),
-          [&](const auto& one) { return one.second == entry; });
+      auto owner =
+          std::find_if(kept->owners.begin(), kept->owners.end(),
+                       [&](const auto& one) { return one.second == entry; });
       if (owner == kept->owners.end()) continue;
       kept->view.RemoveOwner(owner->first);
       kept->owners.erase(owner);
@@ -214,8 +220,12 @@ class ViewKeeper {
     }
     const absl::Time now = absl::Now();
     if (outcome.asked) {
-      Ask(kept, *outcome.asked);
-      kept.due = absl::InfinitePast();  // shows what is in force, after others
+      kept.asked = outcome.asked;
+      kept.ask_until = now + kAskFor;
+    }
+    if (kept.asked) {
+      // Shows what is in force next, after the others' turn.
+      kept.due = Ask(kept) ? absl::InfinitePast() : now + kLook;
     } else if (!outcome.problem.ok()) {
       Remark(kept, absl::StrCat("it is not kept at present: ",
                                 outcome.problem.message()));
@@ -240,18 +250,24 @@ class ViewKeeper {
     return figures;
   }
 
-  // Each device has a limit of its own.
-  void Ask(Kept& kept, Bytes limit) {
+  // Each device has a limit of its own. False: a broker is not there, and to be
+  // asked again.
+  bool Ask(Kept& kept) {
     std::set<std::string> asked;
     for (const auto& [owner, entry] : kept.owners) {
       if (!asked.insert(entry->owner.device).second) continue;
-      absl::Status answer = entry->owner.set_limit(limit);
+      absl::Status answer = entry->owner.set_limit(*kept.asked);
+      if (absl::IsUnavailable(answer) && absl::Now() < kept.ask_until) {
+        return false;
+      }
       if (!answer.ok()) {
         Remark(kept, absl::StrCat("the limit written to it is not set, ",
-                                  limit.count(), ": ", answer.message()));
+                                  kept.asked->count(), ": ", answer.message()));
       }
     }
+    kept.asked.reset();
     kept.view.Answered();
+    return true;
   }
 
   void Remark(Kept& kept, const std::string& text) {
@@ -260,8 +276,8 @@ class ViewKeeper {
       return;
     }
     // What does not go away is said once.
-    const bool lasts = text == kept.last_remark &&
-                       now < kept.remarked_at + 2 * kAfterProblem;
+    const bool lasts =
+        text == kept.last_remark && now < kept.remarked_at + 2 * kAfterProblem;
     kept.last_remark = text;
     kept.remarked_at = now;
     if (lasts) return;

@@ -78,6 +78,7 @@ class Engine {
   }
   absl::Status SetLimit(Bytes limit) {
     MutexLock lock(&mu_);
+    ++asked_;
     if (!refusal_.ok()) return refusal_;
     figures_.limit = limit.count();
     return absl::OkStatus();
@@ -85,6 +86,10 @@ class Engine {
   int64_t limit() {
     MutexLock lock(&mu_);
     return figures_.limit;
+  }
+  int asked() {
+    MutexLock lock(&mu_);
+    return asked_;
   }
   std::vector<std::string> remarks() {
     MutexLock lock(&mu_);
@@ -94,6 +99,7 @@ class Engine {
  private:
   Mutex mu_;
   ViewFigures figures_ ABSL_GUARDED_BY(mu_);
+  int asked_ ABSL_GUARDED_BY(mu_) = 0;
   absl::Status refusal_ ABSL_GUARDED_BY(mu_);
   std::vector<std::string> remarks_ ABSL_GUARDED_BY(mu_);
 };
@@ -178,9 +184,33 @@ TEST_F(ViewKeeperTest, ARefusedLimitIsWrittenBackAndSaid) {
   WriteLimit(50);
   EXPECT_TRUE(Eventually([&] { return !engine.remarks().empty(); }));
   EXPECT_TRUE(Shows({100, 20, 0}));
-  EXPECT_EQ(engine.remarks(),
-            std::vector<std::string>{absl::StrCat(
-                path(), ": the limit written to it is not set, 50: not yours")});
+  EXPECT_EQ(
+      engine.remarks(),
+      std::vector<std::string>{absl::StrCat(
+          path(), ": the limit written to it is not set, 50: not yours")});
+}
+
+TEST_F(ViewKeeperTest, ABrokerThatIsRestartedIsAskedAgain) {
+  Engine engine({100, 20, 0});
+  std::unique_ptr<KeptView> kept = Keep(engine);
+  engine.Refuse(absl::UnavailableError("nobody listens"));
+  WriteLimit(50);
+  engine.Use(30);  // is shown meanwhile
+  EXPECT_TRUE(Shows({50, 30, 0}));
+  EXPECT_TRUE(Eventually([&] { return engine.asked() >= 2; }));
+  engine.Refuse(absl::OkStatus());
+  EXPECT_TRUE(Eventually([&] { return engine.limit() == 50; }));
+  EXPECT_TRUE(Shows({50, 30, 0}));
+  EXPECT_EQ(engine.remarks(), std::vector<std::string>());
+}
+
+TEST_F(ViewKeeperTest, ABrokerThatStaysAwayIsNotWaitedForForEver) {
+  Engine engine({100, 20, 0});
+  std::unique_ptr<KeptView> kept = Keep(engine);
+  engine.Refuse(absl::UnavailableError("nobody listens"));
+  WriteLimit(50);
+  EXPECT_TRUE(Eventually([&] { return !engine.remarks().empty(); }));
+  EXPECT_TRUE(Shows({100, 20, 0}));
 }
 
 TEST_F(ViewKeeperTest, AnAbsurdLimitIsWrittenBackAndSaid) {
@@ -238,8 +268,8 @@ TEST_F(ViewKeeperTest, ALimitIsSetOnEachDevice) {
   std::unique_ptr<KeptView> kept_first = Keep(first, "llama", "GPU-1");
   std::unique_ptr<KeptView> kept_second = Keep(second, "llama", "GPU-2");
   WriteLimit(60);
-  EXPECT_TRUE(Eventually(
-      [&] { return first.limit() == 60 && second.limit() == 60; }));
+  EXPECT_TRUE(
+      Eventually([&] { return first.limit() == 60 && second.limit() == 60; }));
 }
 
 TEST_F(ViewKeeperTest, OneThreadThatIsGoneWithTheLastView) {

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from typing import Callable, List, Tuple
+from collections.abc import Callable
 
 FORM = struct.Struct("=qqq")
 PAGE = 64 * 1024
@@ -83,7 +83,7 @@ def path(name: str) -> str:
     return os.path.join(DIRECTORY, name)
 
 
-def read(name: str) -> Tuple[int, int, int]:
+def read(name: str) -> tuple[int, int, int]:
     with open(path(name), "rb") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
         data = file.read()
@@ -133,13 +133,13 @@ def one_engine() -> None:
     eventually("told", lambda: engine.tell("limit") == "1234567")
 
     # Through a mapping, which nobody is told of.
-    with open(path("llama"), "r+b") as file:
-        with mmap.mmap(file.fileno(), FORM.size) as view:
-            view[:8] = struct.pack("=q", 2345678)
-            took = eventually(
-                "mapped", lambda: listed("llama", "limit_bytes") == 2345678
-            )
-            print(f"written through a mapping to in force: {took:.1f} ms")
+    with (
+        open(path("llama"), "r+b") as file,
+        mmap.mmap(file.fileno(), FORM.size) as view,
+    ):
+        view[:8] = struct.pack("=q", 2345678)
+        took = eventually("mapped", lambda: listed("llama", "limit_bytes") == 2345678)
+        print(f"written through a mapping to in force: {took:.1f} ms")
 
     # The other way: kvctl, and the session itself.
     kvctl("limit", "llama", "3000000")
@@ -249,7 +249,7 @@ def stress() -> None:
     """Readers and writers under flock, through mappings, and kvctl, at once."""
     engines = [Engine("busy"), Engine("busy")]
     stop = threading.Event()
-    torn: List[str] = []
+    torn: list[str] = []
 
     def reader() -> None:
         while not stop.is_set():

@@ -2,10 +2,10 @@
  *
  *   view_program ADDRESS DIRECTORY NAME
  *
- * Says "ready" once its session is open; then "alloc N" (blocks), "max N" (bytes,
- * as an operator), "limit" and "spin MS" (nothing, for so long; prints the CPU time
- * of the process meanwhile in microseconds), each answered by a line. Ends in order
- * at the end of its input.
+ * Says "ready" once its session is open; then "alloc N" (blocks), "max N"
+ * (bytes, as an operator), "limit" and "spin MS" (nothing, for so long; prints
+ * the CPU time of the process meanwhile in microseconds), each answered by a
+ * line. Ends in order at the end of its input.
  */
 #define _POSIX_C_SOURCE 200809L
 
