@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from kvcached.log import get_kvcached_logger
@@ -93,10 +93,6 @@ class KVCacheManager:
         self._limit_revision = -1
         self._group: Group | None = None
         self._ended: RuntimeError | None = None
-        # What alloc, free and available_size call; the pool's own once it is open.
-        self._take: Any = self._first_take
-        self._give: Any = self._first_give
-        self._available: Any = self._first_available
         self._running = 0
         runtime.add_manager(self)
 
@@ -113,9 +109,7 @@ class KVCacheManager:
 
         self._group = group
         self._running = _C.RUNNING
-        self._take = group.pool.alloc
-        self._give = group.pool.free
-        self._available = group.pool.available
+        self._call(group.pool.alloc, group.pool.free, group.pool.available)
 
     def end(self, error: RuntimeError) -> None:
         """For the runtime: every call raises ``error`` from now on."""
@@ -124,12 +118,26 @@ class KVCacheManager:
             raise error.with_traceback(None)
 
         self._ended = error
-        self._take = self._give = self._available = refuse
+        self._call(refuse, refuse, refuse)
 
     def end_quietly(self) -> None:
         """For the runtime: the interpreter ends. Daemon threads find no blocks any more."""
-        self._take = self._give = lambda *_: None
-        self._available = lambda: 0
+        self._call(lambda *_: None, lambda *_: None, lambda: 0)
+
+    def _call(
+        self,
+        take: Callable[[int, int], list[int] | None],
+        give: Callable[[Sequence[int]], None],
+        available: Callable[[], int],
+    ) -> None:
+        """What alloc, free and available_size call from now on.
+
+        They hide the methods of these names, which open the pool. (Were those stored here,
+        too, a manager would refer to itself, and live on after its last user.)
+        """
+        self._take = take  # type: ignore[method-assign]
+        self._give = give  # type: ignore[method-assign]
+        self._available = available  # type: ignore[method-assign]
 
     @property
     def group(self) -> Group:
@@ -146,13 +154,14 @@ class KVCacheManager:
         """The native pool, opened where it is not yet: more than this class has."""
         return self.group.pool
 
-    def _first_take(self, count: int, urgency: int) -> list[int] | None:
-        return self.pool.alloc(count, self._running)
+    def _take(self, count: int, _urgency: int, /) -> list[int] | None:
+        pool = self.pool
+        return pool.alloc(count, self._running)
 
-    def _first_give(self, blocks: Sequence[int]) -> None:
+    def _give(self, blocks: Sequence[int], /) -> None:
         self.pool.free(blocks)
 
-    def _first_available(self) -> int:
+    def _available(self) -> int:
         return self.pool.available()
 
     # ---- blocks ----

@@ -92,7 +92,6 @@ class Group:
         self.pool: _C.Pool = session.pool(0)
         self.limit: int | None = None  # bytes, None: what the range has room for
         self.has_tensors = False
-        self.itemsize = 1  # of an element of its tensors
         # Whether its blocks are pages, which vmm_ops hands out by name.
         self.paged = False
         self.mapped_pages: set[int] = set()
@@ -185,7 +184,6 @@ class Runtime:
         self.is_worker = False
         self.async_sched = False
         self.sleeping = False
-        self.memory_limit_revision = -1
         self._settings: config.Settings | None = None
         self._device: str | None = None
         self._page_bytes = 0
@@ -350,8 +348,8 @@ class Runtime:
     # ---- pools ----
 
     def groups(self) -> list[Group]:
-        with self._lock:
-            return [self._groups[group_id] for group_id in sorted(self._groups)]
+        """Those that are open. Does not wait for one that is being opened."""
+        return [group for _, group in sorted(self._groups.items())]
 
     def find_group(self, group_id: int) -> Group | None:
         self.check()
@@ -394,8 +392,8 @@ class Runtime:
                 _check_room(group, layout)
             return group
 
-    def open_for_tensors(self, group_id: int, layout: PoolLayout, itemsize: int) -> Group:
-        """As open_group, for tensors with elements of ``itemsize`` bytes.
+    def open_for_tensors(self, group_id: int, layout: PoolLayout) -> Group:
+        """As open_group, for one who makes tensors.
 
         Raises ValueError where the group has a manager whose blocks do not lie in them.
         """
@@ -406,7 +404,6 @@ class Runtime:
                 check_manager_fits(group_id, layout, manager)
             group = self.open_group(group_id, layout)
             group.has_tensors = True
-            group.itemsize = itemsize
             if manager is not None and not manager.attached:
                 self._attach(manager, group)
             return group
@@ -522,8 +519,8 @@ class Runtime:
         return None if reference is None else reference()
 
     def managers(self) -> list[KVCacheManager]:
-        with self._lock:
-            found = [self.manager(group_id) for group_id in sorted(self._managers)]
+        """Those that live, by group."""
+        found = [self.manager(group_id) for group_id in sorted(self._managers)]
         return [manager for manager in found if manager is not None]
 
     def add_manager(self, manager: KVCacheManager) -> None:
@@ -547,15 +544,15 @@ class Runtime:
     def set_group_limit(self, group: Group, limit: int) -> None:
         """Limits the instance to this and what its other groups may have. Bytes."""
         with self._lock:
-            group.limit = limit
-            groups = list(self._groups.values())
-            total = sum(
-                other.layout.pages * other.layout.page_total_bytes
-                if other.limit is None
-                else other.limit
-                for other in groups
-            )
+            others = [other for other in self._groups.values() if other is not group]
+        total = limit + sum(
+            other.layout.pages * other.layout.page_total_bytes
+            if other.limit is None
+            else other.limit
+            for other in others
+        )
         group.session.set_max(total)
+        group.limit = limit
 
     def set_instance_limit(self, limit: int) -> None:
         """Of all groups together, in bytes, exactly. Raises KVCachedConfigError without a pool."""

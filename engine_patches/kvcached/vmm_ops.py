@@ -84,7 +84,7 @@ def create_kv_tensors(
         page_bytes=page,
         contiguous=runtime.contiguous,
     )
-    group = runtime.open_for_tensors(group_id, layout, dtype_size)
+    group = runtime.open_for_tensors(group_id, layout)
     dtype = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype_size]
     flat = group.flat().view(dtype)
     if group.layout.contiguous:

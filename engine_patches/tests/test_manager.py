@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import random
+import struct
 import threading
+from pathlib import Path
 
 from broker import MIB, BrokerTest, environment, eventually, use_environment
 
@@ -290,11 +293,47 @@ class Making(BrokerTest):
         other = manager(group_id=1)
         take(other, 5)
         del first
-        gc.collect()
         again = manager(num_blocks=30)
         self.assertEqual(again.pool.used_blocks(), [])
         self.assertEqual(len(take(again, 30)), 30)
         self.assertEqual(len(other.pool.used_blocks()), 5)
+
+    def test_a_manager_that_was_never_used_leaves_no_trace(self) -> None:
+        vllm.init_kvcached(device="cpu")
+        gc.disable()
+        self.addCleanup(gc.enable)
+        for _ in range(3):
+            manager()
+        self.assertEqual(runtime.managers(), [])
+        self.assertEqual(runtime.groups(), [])
+
+    def test_the_guarantee_is_that_of_the_environment(self) -> None:
+        self.setenv(KVBROKER_MIN="10M")
+        vllm.init_kvcached(device="cpu")
+        self.assertEqual(manager().group.session.limits()[0], 10 * MIB)
+
+    def test_labels_are_told(self) -> None:
+        self.setenv(KVBROKER_LABELS="model=llama,pod=p-1")
+        vllm.init_kvcached(device="cpu")
+        take(manager(), 1)
+        (listed,) = json.loads(self.broker.kvctl("list", "--json"))
+        self.assertEqual(listed["labels"], {"model": "llama", "pod": "p-1"})
+
+    def test_the_view_for_others_lasts_as_long_as_the_instance(self) -> None:
+        name = f"kvcached-test-{os.getpid()}"
+        view = Path("/dev/shm") / name
+        self.setenv(KVCACHED_IPC_NAME=name, KVBROKER_SHM_COMPAT="auto")
+        vllm.init_kvcached(device="cpu")
+        mine = manager()
+        mine.set_memory_limit(5 * PAGE, revision=1)
+        take(mine, 1)
+        self.assertTrue(
+            eventually(lambda: struct.unpack("3q", view.read_bytes())[:2] == (5 * PAGE, PAGE))
+        )
+        view.write_bytes(struct.pack("3q", 4 * PAGE, 0, 0))
+        self.assertTrue(eventually(lambda: mine.group.session.limits()[1] == 4 * PAGE))
+        vllm.shutdown_kvcached()
+        self.assertFalse(view.exists())
 
     def test_a_manager_that_is_shut_down_makes_room_for_another(self) -> None:
         vllm.init_kvcached(device="cpu")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvcached.kv_cache_manager import KVCacheManager
 from kvcached.runtime import Group, runtime
@@ -57,24 +57,44 @@ def make(shape: KVShape, dtype: torch.dtype, device: object, group_id: int) -> M
     """Opens the group's pool where it is not open yet, and makes the tensors."""
     runtime.use_device(device)
     layout = shape.layout(runtime.page_bytes, runtime.contiguous)
-    group = runtime.open_for_tensors(group_id, layout, shape.itemsize)
+    group = runtime.open_for_tensors(group_id, layout)
     flat = group.flat()
     return Made(group, flat, make_tensors(flat, dtype, shape.views(group.layout)))
 
 
-def blocks_of_group(num_blocks: int | None, block_size: int, cell_size: int, group_id: int) -> int:
-    """``num_blocks``, or where it is None as many as the group's tensors have."""
-    if num_blocks is not None:
-        return num_blocks
-    group = runtime.find_group(group_id)
-    if group is None:
-        raise ValueError(
-            f"num_blocks=None needs KV cache tensors of group {group_id} made by alloc_kv_cache()"
-        )
-    return group.layout.blocks * group.layout.unit_bytes // (block_size * cell_size)
-
-
-def make_manager(integration: str, *args: Any, **keywords: Any) -> KVCacheManager:
-    manager = KVCacheManager(*args, async_sched=runtime.async_sched, **keywords)
+def make_manager(
+    integration: str,
+    num_blocks: int | None,
+    block_size: int,
+    cell_size: int,
+    num_layers: int,
+    num_kv_buffers: int,
+    group_id: int,
+    pool_name: str | None,
+    reserve_null_block: bool,
+) -> KVCacheManager:
+    """``num_blocks`` of None: as many as the group's tensors have."""
+    if num_blocks is None:
+        group = runtime.find_group(group_id)
+        if group is None:
+            raise ValueError(
+                f"num_blocks=None needs tensors of KV group {group_id}, made by alloc_kv_cache()"
+            )
+        if block_size <= 0 or cell_size <= 0:
+            raise ValueError(f"a block of {block_size} cells of {cell_size} bytes has no memory")
+        num_blocks = group.layout.blocks * group.layout.unit_bytes // (block_size * cell_size)
+    manager = KVCacheManager(
+        num_blocks,
+        block_size,
+        cell_size,
+        num_layers,
+        runtime.tp_size,
+        runtime.pp_rank,
+        async_sched=runtime.async_sched,
+        reserve_null_block=reserve_null_block,
+        num_kv_buffers=num_kv_buffers,
+        group_id=group_id,
+        pool_name=pool_name,
+    )
     manager.integration = integration
     return manager

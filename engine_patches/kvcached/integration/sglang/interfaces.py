@@ -91,16 +91,14 @@ def get_kv_cache_manager(
     runtime.check()
     return interface.make_manager(
         "sglang",
-        interface.blocks_of_group(num_blocks, block_size, cell_size, group_id),
+        num_blocks,
         block_size,
         cell_size,
         num_layers,
-        runtime.tp_size,
-        runtime.pp_rank,
+        num_kv_buffers,
+        group_id,
+        pool_name,
         reserve_null_block=reserve_null_block,
-        num_kv_buffers=num_kv_buffers,
-        group_id=group_id,
-        pool_name=pool_name,
     )
 
 
