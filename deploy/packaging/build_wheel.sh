@@ -126,8 +126,9 @@ for ((i = 0; i < ${#NATIVE[@]}; i += 2)); do
   files+=("${parts}/${NATIVE[i]}")
 done
 
-# Notices of all libraries that are carried or linked in. dpkg knows some by the
-# folder that they were in before /lib became a link, and each once a package.
+# Notices of all libraries that are carried; those that kvctl has linked in
+# (client/cli/static_grpc.bzl) are among what kvbrokerd loads. dpkg knows some by
+# the folder that they were in before /lib became a link.
 libraries_of "${files[@]}" >"${work}/found"
 paths=()
 while read -r name path; do
@@ -135,14 +136,17 @@ while read -r name path; do
   path="$(realpath -- "${path}")"
   paths+=("${path}" "${path#/usr}")
 done <"${work}/found"
-{
-  dpkg-query --search -- "${paths[@]}" 2>/dev/null | cut -d: -f1 || true
-  # kvctl has gRPC and what that needs linked in (client/cli/static_grpc.bzl).
-  printf '%s\n' libgrpc++1.51 libgrpc29 libprotobuf32 libabsl20220623 libre2-9 libc-ares2 zlib1g
-} | sort -u >"${work}/packages"
+# Fails for those paths that it does not know.
+{ dpkg-query --search -- "${paths[@]}" 2>/dev/null || true; } |
+  cut -d: -f1 | sort -u >"${work}/packages"
 while read -r package; do
   notice="/usr/share/doc/${package}/copyright"
-  [[ ! -r "${notice}" ]] || install -m 644 -- "${notice}" "${parts}/licenses/${package}"
+  if [[ -r "${notice}" ]]; then
+    install -m 644 -- "${notice}" "${parts}/licenses/${package}"
+  elif "${audit}"; then
+    say "${package} has no notice in /usr/share/doc, without which it may not be passed on"
+    exit 1
+  fi
 done <"${work}/packages"
 
 # A copy: setuptools writes beside what it packs.
