@@ -32,7 +32,8 @@ readonly NATIVE=(
   bin/kvctl client/cli/kvctl
 )
 # GLIBC 2.34 and GLIBCXX 3.4.30: Ubuntu 22.04, Debian 12 and later.
-readonly POLICY=manylinux_2_35_$(uname -m)
+POLICY="manylinux_2_35_$(uname -m)"
+readonly POLICY
 
 output=""
 bin=""

@@ -146,14 +146,14 @@ install_wheel() {
 }
 
 start_broker() {
-  local program="$1" ready
+  local program="$1"
   mkdir -p -- "${work}/broker"
   mkfifo "${work}/ready"
   "${program}" --backend host --device-uuid WHEEL-TEST --capacity 64M \
     --socket-dir "${work}/broker/sockets" --lock-dir "${work}/broker/locks" \
     --state-dir none --log-level error --ready-fd 3 3>"${work}/ready" &
   broker=$!
-  read -r -t 30 ready <"${work}/ready"
+  read -r -t 30 _ <"${work}/ready"
 }
 
 stop_broker() {

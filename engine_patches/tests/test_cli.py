@@ -313,6 +313,8 @@ class Kvtop(BrokerTest):
             stderr=subprocess.PIPE,
             env={**os.environ, "TERM": "xterm", "LINES": "20", "COLUMNS": "100"},
             start_new_session=True,
+            # Which may be ignored here, as in what a shell runs in the background.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         os.close(its)
         self.addCleanup(lambda: process.poll() is None and process.kill())
