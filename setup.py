@@ -130,18 +130,20 @@ class NativeDistribution(Distribution):
         return True
 
 
-def man_pages() -> list[str]:
+def man_pages() -> list[tuple[str, list[str]]]:
+    """(folder to install to, pages), one a section."""
     sys.path.insert(0, str(ROOT / "deploy" / "packaging"))
     import man_page
 
-    made = []
+    sections: dict[str, list[str]] = {}
     folder = ROOT / "build" / "man"
     folder.mkdir(parents=True, exist_ok=True)
-    for source in sorted((ROOT / "docs" / "man").glob("*.1.md")):
-        page = folder / source.name[: -len(".md")]
+    for source in sorted((ROOT / "docs" / "man").glob("*.[1-8].md")):
+        page = folder / source.stem
         page.write_text(man_page.to_roff(source.read_text(encoding="utf-8")), encoding="utf-8")
-        made.append(str(page.relative_to(ROOT)))
-    return made
+        place = f"share/man/man{page.suffix[1:]}"
+        sections.setdefault(place, []).append(str(page.relative_to(ROOT)))
+    return sorted(sections.items())
 
 
 setup(
@@ -152,5 +154,5 @@ setup(
     # Not an entry point: a control plane starts kvctl for each change of a limit,
     # and an interpreter takes longer to start than kvctl to finish.
     scripts=["deploy/packaging/scripts/kvctl"],
-    data_files=[("share/man/man1", man_pages())],
+    data_files=man_pages(),
 )

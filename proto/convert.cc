@@ -29,6 +29,11 @@ static_assert(int{v1::Acquire::URGENCY_SPECULATIVE} ==
               int{v1::Acquire::URGENCY_WAITING} == int(Urgency::kWaiting) &&
               int{v1::Acquire::URGENCY_RUNNING} == int(Urgency::kRunning));
 
+static_assert(int{v1::Open::NAME_CONFLICT_JOIN} == int(NameConflict::kJoin) &&
+              int{v1::Open::NAME_CONFLICT_SUFFIX} ==
+                  int(NameConflict::kSuffix) &&
+              int{v1::Open::NAME_CONFLICT_ERROR} == int(NameConflict::kError));
+
 // ---- to the wire ----
 
 uint64_t ToWireBytes(Bytes bytes) {
@@ -80,7 +85,10 @@ void Put(const Open& open, v1::ClientMessage* wire) {
   if (open.min) out->set_min_bytes(ToWireBytes(*open.min));
   if (open.max) out->set_max_bytes(ToWireBytes(*open.max));
   if (open.max_fraction) out->set_max_fraction(*open.max_fraction);
+  if (open.min_fraction) out->set_min_fraction(*open.min_fraction);
   if (open.weight) out->set_weight(*open.weight);
+  out->set_name_conflict(
+      static_cast<v1::Open::NameConflict>(open.name_conflict));
   out->mutable_labels()->insert(open.labels.begin(), open.labels.end());
   if (open.resuming) {
     out->mutable_resuming()->set_incarnation(open.resuming->incarnation);
@@ -180,6 +188,8 @@ void Put(const Opened& opened, v1::BrokerMessage* wire) {
   out->set_limit_revision(opened.limit_revision);
   out->set_capacity_bytes(ToWireBytes(opened.capacity));
   out->set_slab(opened.slab);
+  out->mutable_joined_pids()->Add(opened.joined_pids.begin(),
+                                  opened.joined_pids.end());
 }
 
 void Put(const Granted& granted, v1::BrokerMessage* wire) {
@@ -272,6 +282,12 @@ absl::StatusOr<Enum> FromWireEnum(const char* field, WireEnum value,
   return static_cast<Enum>(value);
 }
 
+absl::StatusOr<double> FromWireFraction(const char* field, double value) {
+  // Written so that NaN fails too.
+  if (value > 0 && value <= 1) return value;
+  return FieldError(field, "above 0 and at most 1", value);
+}
+
 template <typename WirePages>
 absl::StatusOr<std::vector<PageName>> FromWirePages(const char* field,
                                                     const WirePages& wire) {
@@ -348,13 +364,18 @@ absl::StatusOr<ClientMessage> Take(const v1::Open& wire) {
                      FromWireBytes("open.max_bytes", wire.max_bytes()));
   }
   if (wire.has_max_fraction()) {
-    // Written so that NaN fails too.
-    if (!(wire.max_fraction() > 0 && wire.max_fraction() <= 1)) {
-      return FieldError("open.max_fraction", "above 0 and at most 1",
-                        wire.max_fraction());
-    }
-    open.max_fraction = wire.max_fraction();
+    ASSIGN_OR_RETURN(open.max_fraction, FromWireFraction("open.max_fraction",
+                                                         wire.max_fraction()));
   }
+  if (wire.has_min_fraction()) {
+    ASSIGN_OR_RETURN(open.min_fraction, FromWireFraction("open.min_fraction",
+                                                         wire.min_fraction()));
+  }
+  if (!v1::Open::NameConflict_IsValid(wire.name_conflict())) {
+    return FieldError("open.name_conflict", "a known value",
+                      static_cast<int>(wire.name_conflict()));
+  }
+  open.name_conflict = static_cast<NameConflict>(wire.name_conflict());
   if (wire.has_weight()) {
     if (!(wire.weight() > 0 && wire.weight() <= kMaxWeight)) {
       return FieldError("open.weight",
@@ -525,6 +546,10 @@ absl::StatusOr<BrokerMessage> Take(const v1::Opened& wire) {
                                                   wire.capacity_bytes()));
   RETURN_IF_ERROR(CheckSize("opened.slab", wire.slab().size(), kMaxSlabSize));
   opened.slab = wire.slab();
+  RETURN_IF_ERROR(CheckSize("opened.joined_pids", wire.joined_pids_size(),
+                            kMaxJoinedPids));
+  opened.joined_pids.assign(wire.joined_pids().begin(),
+                            wire.joined_pids().end());
   return opened;
 }
 

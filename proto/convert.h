@@ -33,6 +33,7 @@ inline constexpr size_t kMaxLabelKeyLength = 63;
 inline constexpr size_t kMaxLabelValueLength = 255;
 inline constexpr size_t kMaxNameLength = 128;
 inline constexpr size_t kMaxSlabSize = 1024;
+inline constexpr size_t kMaxJoinedPids = 64;
 inline constexpr size_t kMaxReasonLength = 4096;
 inline constexpr double kMaxWeight = 1e6;
 inline constexpr absl::Duration kMaxDeadline = absl::Minutes(10);

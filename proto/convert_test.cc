@@ -35,6 +35,8 @@ Open SomeOpen() {
   open.min = GiB(1);
   open.max = Bytes(0);
   open.max_fraction = 0.5;
+  open.min_fraction = 0.25;
+  open.name_conflict = NameConflict::kError;
   open.weight = 2.5;
   open.labels = {{"model", "llama"}};
   open.resuming = {.incarnation = 77, .session = SessionId(5)};
@@ -85,6 +87,7 @@ std::vector<BrokerMessage> EveryBrokerMessage() {
   opened.limit_revision = 3;
   opened.capacity = GiB(10);
   opened.slab = std::string("\0slab\xff", 6);
+  opened.joined_pids = {11, 0};
   return {opened,
           Granted{Sequence(1), GrantId(2), PoolId(3), SomePages(), 4,
                   absl::Seconds(1)},
@@ -153,6 +156,7 @@ TEST(ConvertTest, AbsentLimitsStayAbsent) {
   open.min.reset();
   open.max.reset();
   open.max_fraction.reset();
+  open.min_fraction.reset();
   open.weight.reset();
   v1::ClientMessage wire;
   ToWire(ClientMessage(open), &wire);
@@ -160,6 +164,7 @@ TEST(ConvertTest, AbsentLimitsStayAbsent) {
   ASSERT_TRUE(back.ok()) << back.status();
   EXPECT_FALSE(std::get<Open>(*back).min || std::get<Open>(*back).max ||
                std::get<Open>(*back).max_fraction ||
+               std::get<Open>(*back).min_fraction ||
                std::get<Open>(*back).weight);
 }
 
@@ -269,6 +274,14 @@ TEST(ConvertTest, DamagedOpenIsRefusedByField) {
         [nan](auto& m) { m.mutable_open()->set_max_fraction(nan); }},
        {"max_fraction",
         [](auto& m) { m.mutable_open()->set_max_fraction(1.01); }},
+       {"min_fraction", [](auto& m) { m.mutable_open()->set_min_fraction(0); }},
+       {"min_fraction",
+        [nan](auto& m) { m.mutable_open()->set_min_fraction(nan); }},
+       {"name_conflict",
+        [](auto& m) {
+          m.mutable_open()->set_name_conflict(
+              static_cast<v1::Open::NameConflict>(3));
+        }},
        {"weight", [](auto& m) { m.mutable_open()->set_weight(-1); }},
        {"weight", [nan](auto& m) { m.mutable_open()->set_weight(nan); }},
        {"weight", [](auto& m) { m.mutable_open()->set_weight(1e300); }},

@@ -34,6 +34,8 @@ inline constexpr PageCount kHoldAny = 0xffffffff;
 enum class Layout { kContiguous = 1, kPerLayer = 2 };
 enum class Tier { kIdle = 1, kCached = 2, kClosing = 3, kPreempt = 4 };
 enum class Role { kEngine = 1, kWorker = 2 };
+// Where another live process of the tenant has the name.
+enum class NameConflict { kJoin = 0, kSuffix = 1, kError = 2 };
 enum class Urgency { kSpeculative = 1, kWaiting = 2, kRunning = 3 };
 
 struct PageName {
@@ -83,6 +85,8 @@ struct Open {
   std::optional<double> weight;
   std::map<std::string, std::string> labels;
   std::optional<Resuming> resuming;
+  NameConflict name_conflict = NameConflict::kJoin;
+  std::optional<double> min_fraction;
 };
 
 struct Resume {
@@ -171,6 +175,8 @@ struct Opened {
   // With fixed addresses: the slab that all pages lie in (proto/slab_frame.h).
   // The broker chooses the indexes of pages then.
   std::string slab;
+  // Other live processes of the instance; 0 for one that the broker cannot see.
+  std::vector<uint32_t> joined_pids;
 };
 
 struct Granted {

@@ -1,5 +1,6 @@
 #include "broker/config/broker_config.h"
 
+#include <filesystem>
 #include <gtest/gtest.h>
 
 #include <map>
@@ -194,6 +195,22 @@ TEST(BrokerConfigTest, FlagsAreNamedLikeKeys) {
   EXPECT_EQ(line->config.tenant_by, "socket");
   EXPECT_EQ(line->config.allow_uids.size(), 2);
   EXPECT_EQ(line->ready_fd, 7);
+  EXPECT_FALSE(line->detach);
+}
+
+TEST(BrokerConfigTest, PathsOfADetachedBrokerAreAbsolute) {
+  const std::string here = std::filesystem::current_path();
+  absl::StatusOr<CommandLine> line =
+      Parse({"--detach", "--socket-dir", "a", "--state-dir", "none",
+             "--lock-dir", "/b"});
+  ASSERT_TRUE(line.ok()) << line.status();
+  EXPECT_TRUE(line->detach);
+  EXPECT_EQ(line->config.socket_dir, here + "/a");
+  EXPECT_EQ(line->config.lock_dir, "/b");
+  EXPECT_EQ(line->config.state_dir, "none");
+  EXPECT_EQ(line->config.log_file, "");
+  EXPECT_EQ(Parse({"--detach", "--state-dir", "s"})->config.state_dir,
+            here + "/s");
 }
 
 TEST(BrokerConfigTest, WrongFlagsAreErrors) {
@@ -207,6 +224,7 @@ TEST(BrokerConfigTest, WrongFlagsAreErrors) {
   EXPECT_TRUE(Has(error({"stray"}), "unknown argument stray"));
   EXPECT_TRUE(Has(error({"--capacity"}), "--capacity"));
   EXPECT_TRUE(Has(error({"--ready-fd", "-1"}), "--ready-fd"));
+  EXPECT_TRUE(Has(error({"--detach", "--ready-fd", "3"}), "--detach"));
 }
 
 TEST(BrokerConfigTest, HelpVersionAndPrintConfigArePrinted) {

@@ -3,7 +3,9 @@
 #include <CLI/App.hpp>
 #include <CLI/Config.hpp>
 #include <CLI/Formatter.hpp>
+#include <filesystem>
 #include <map>
+#include <system_error>
 #include <vector>
 
 #include "absl/strings/match.h"
@@ -42,10 +44,17 @@ std::string FlagName(const Setting& setting) {
 // CLI11 says of an unknown flag only that it was not expected.
 absl::Status UnknownFlag(const std::string& flag) {
   std::vector<std::string> known = {"--config", "--print-config", "--ready-fd",
-                                    "--help", "--version"};
+                                    "--detach", "--help", "--version"};
   for (const Setting& setting : Settings()) known.push_back(FlagName(setting));
   return absl::InvalidArgumentError(
       absl::StrCat("unknown argument ", flag, SuggestKey(flag, known)));
+}
+
+void MakeAbsolute(std::string& path) {
+  if (path.empty()) return;
+  std::error_code error;  // stays as it is where nobody knows where we are
+  const std::filesystem::path absolute = std::filesystem::absolute(path, error);
+  if (!error) path = absolute;
 }
 
 }  // namespace
@@ -72,6 +81,11 @@ absl::StatusOr<CommandLine> ReadCommandLine(
                  "Write a line to this descriptor when ready.")
       ->type_name("FD")
       ->check(CLI::NonNegativeNumber);
+
+  app.add_flag("--detach", line.detach,
+               "Go on in the background, in a session of its own; returns when "
+               "ready, or with\nwhat failed. Logs to kvbrokerd.log in the state "
+               "directory.");
 
   std::map<std::string, std::string> values;
   std::map<std::string, CLI::Option*> options;
@@ -116,6 +130,19 @@ absl::StatusOr<CommandLine> ReadCommandLine(
     RETURN_IF_ERROR(ReadSetting(setting, values[setting.key],
                                 absl::StrCat(FlagName(setting), ": "),
                                 line.config));
+  }
+  if (line.detach && line.ready_fd >= 0) {
+    return absl::InvalidArgumentError(
+        "--ready-fd and --detach do not go together: that the program returns "
+        "says that the broker is ready");
+  }
+  if (line.detach) {
+    for (std::string* path :
+         {&line.config.socket_dir, &line.config.lock_dir, &line.config.log_file,
+          &line.config.history_file}) {
+      MakeAbsolute(*path);
+    }
+    if (line.config.state_dir != "none") MakeAbsolute(line.config.state_dir);
   }
   if (print_config) line.print = PrintConfig(line.config);
   return line;

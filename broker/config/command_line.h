@@ -18,6 +18,9 @@ struct CommandLine {
   std::optional<std::string> print;
   // Where to write a line when ready; -1: nowhere.
   int ready_fd = -1;
+  // Go on in a process of its own, with / as its directory: the paths in
+  // `config` are absolute.
+  bool detach = false;
 };
 
 // InvalidArgument names flag (or variable, or file and line), value and what is

@@ -231,8 +231,16 @@ class Core {
   // What the same sequence is answered again; old answers go for it.
   void KeepAnswer(SessionState& session, Sequence sequence, Answer answer)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  std::string NameInForce(const Peer& peer, const std::string& wished)
+  // What the session's instance is called, by what others are called and what
+  // Open says of conflicts. FAILED_PRECONDITION: it is not to be a member.
+  absl::StatusOr<std::string> NameInForce(const Peer& peer, const Open& open)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Live processes of the instance other than the peer's own, in the order of
+  // their sessions.
+  std::vector<uint32_t> OthersOf(const Peer& peer, const std::string& name)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // What Open guarantees, in bytes.
+  std::optional<Bytes> MinWished(const Open& open) const;
   void EraseSession(SessionId id, std::string_view why, Actions& actions)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Pages whose handles were never handed out: nobody can map them.

@@ -198,6 +198,16 @@ INSTANTIATE_TEST_SUITE_P(
         BadOpen{"PoolLabelOfControlCharacters",
                 [](Open& o) { o.pools[0].label = "x\n"; }, kInvalid,
                 "pools[0].label"},
+        BadOpen{"MinFractionZero", [](Open& o) { o.min_fraction = 0; },
+                kInvalid, "min_fraction"},
+        BadOpen{"MinFractionNan", [](Open& o) { o.min_fraction = kNan; },
+                kInvalid, "min_fraction"},
+        BadOpen{"MinFractionAboveMax",
+                [](Open& o) {
+                  o.min_fraction = 0.5;
+                  o.max_fraction = 0.25;
+                },
+                kInvalid, "min_fraction"},
         BadOpen{"FractionZero", [](Open& o) { o.max_fraction = 0; }, kInvalid,
                 "max_fraction"},
         BadOpen{"FractionNan", [](Open& o) { o.max_fraction = kNan; }, kInvalid,
@@ -295,6 +305,97 @@ TEST_F(CoreTest, SecondProcessOfATenantJoinsTheInstance) {
   Settle();
   ASSERT_NE(first.refused(over), nullptr);
   EXPECT_EQ(first.refused(over)->code, absl::StatusCode::kResourceExhausted);
+}
+
+TEST_F(CoreTest, WhoJoinsIsToldWhom) {
+  EXPECT_THAT(Start({.name = "a", .pid = 11}).opened().joined_pids, IsEmpty());
+  EXPECT_THAT(Start({.name = "a", .pid = 12}).opened().joined_pids,
+              ElementsAre(11));
+  // Not the process itself, and nobody twice.
+  EXPECT_THAT(Start({.name = "a", .pid = 12}).opened().joined_pids,
+              ElementsAre(11));
+  EXPECT_THAT(Start({.name = "a", .pid = 13}).opened().joined_pids,
+              ElementsAre(11, 12));
+  EXPECT_THAT(Start({.name = "b", .pid = 14}).opened().joined_pids, IsEmpty());
+}
+
+TEST_F(CoreTest, NameInUseGetsASuffixWhereThatIsWished) {
+  const auto start = [&](uint32_t pid) {
+    Open open = FakeWorld::OpenOf({.name = "a"});
+    open.name_conflict = NameConflict::kSuffix;
+    return (*world_.TryStart({.tenant = "t", .uid = 1, .pid = pid}, open))
+        ->opened();
+  };
+  EXPECT_EQ(start(11).instance, "a");
+  const Opened second = start(12);
+  EXPECT_EQ(second.instance, "a_1");
+  EXPECT_THAT(second.joined_pids, IsEmpty());
+  EXPECT_EQ(start(13).instance, "a_2");
+  // A process does not conflict with itself.
+  EXPECT_EQ(start(11).instance, "a");
+}
+
+TEST_F(CoreTest, NameInUseIsAnErrorWhereThatIsWished) {
+  Open open = FakeWorld::OpenOf({.name = "a"});
+  open.name_conflict = NameConflict::kError;
+  const auto start = [&](const std::string& tenant, uint32_t pid) {
+    return world_.TryStart({.tenant = tenant, .uid = 1, .pid = pid}, open);
+  };
+  ASSERT_TRUE(start("t", 11).ok());
+  const absl::Status status = start("t", 12).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("pids 11"));
+  // Another tenant is none of its business.
+  EXPECT_EQ((*start("u", 12))->instance(), "a_1");
+  EXPECT_EQ(start("u", 13).status().code(),
+            absl::StatusCode::kFailedPrecondition);
+}
+
+TEST_F(CoreTest, NameOfADyingProcessIsTakenOverWithItsLimits) {
+  for (NameConflict conflict :
+       {NameConflict::kJoin, NameConflict::kSuffix, NameConflict::kError}) {
+    const std::string name = absl::StrCat("a", static_cast<int>(conflict));
+    FakeClient& dying = Start({.name = name, .tenant = "t", .max = MiB(2)});
+    Hold(dying, 1);
+    dying.HangUp();
+    Open open = FakeWorld::OpenOf({.name = name, .max = MiB(9)});
+    open.name_conflict = conflict;
+    absl::StatusOr<FakeClient*> next =
+        world_.TryStart({.tenant = "t", .uid = 1, .pid = 77}, open);
+    ASSERT_TRUE(next.ok()) << next.status();
+    EXPECT_EQ((*next)->instance(), name);
+    EXPECT_EQ((*next)->opened().max, MiB(2));
+    EXPECT_THAT((*next)->opened().joined_pids, IsEmpty());
+    dying.Die();
+  }
+}
+
+TEST_F(CoreTest, ProcessesThatNobodySeesConflictAsOthersDo) {
+  Open open = FakeWorld::OpenOf({.name = "a"});
+  ASSERT_TRUE(world_.TryStart({.tenant = "t", .uid = 1}, open).ok());
+  EXPECT_THAT(
+      (*world_.TryStart({.tenant = "t", .uid = 1}, open))->opened().joined_pids,
+      ElementsAre(0));
+  open.name_conflict = NameConflict::kSuffix;
+  EXPECT_EQ((*world_.TryStart({.tenant = "t", .uid = 1}, open))->instance(),
+            "a_1");
+}
+
+TEST_F(CoreTest, MinCanBeAFractionOfTheDevice) {
+  Open open = FakeWorld::OpenOf({.name = "a"});
+  const Bytes total = world_.device().info().total;
+  open.min_fraction = static_cast<double>(MiB(4).count()) /
+                      static_cast<double>(total.count());
+  FakeClient& a = **world_.TryStart({.tenant = "t", .pid = 11}, open);
+  EXPECT_EQ(a.opened().min, MiB(4));
+  // It counts as others do, and bytes go before it.
+  open.instance = "b";
+  open.min_fraction = 1;
+  EXPECT_EQ(world_.TryStart({.tenant = "t", .pid = 12}, open).status().code(),
+            absl::StatusCode::kFailedPrecondition);
+  open.min = MiB(1);
+  EXPECT_EQ((*world_.TryStart({.tenant = "t", .pid = 12}, open))->opened().min,
+            MiB(1));
 }
 
 TEST_F(CoreTest, MemberAndRankAreTakenByTheFirst) {

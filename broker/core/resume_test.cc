@@ -47,6 +47,7 @@ struct Engine {
   Peer peer;
   std::string name = "a";
   std::shared_ptr<Ear> ear;
+  NameConflict name_conflict = NameConflict::kJoin;
 
   SessionId session() const { return ear->opened.session; }
   PoolId pool() const { return ear->opened.pools[0]; }
@@ -91,6 +92,7 @@ class ResumeTest : public ::testing::Test {
     open.instance = engine.name;
     open.pools.push_back({.handle_bytes = kPage, .max_pages = max_pages});
     open.resuming = resuming;
+    open.name_conflict = engine.name_conflict;
     engine.ear = std::make_shared<Ear>();
     return core_->OpenSession(engine.peer, open, engine.ear).status();
   }
@@ -158,6 +160,38 @@ class ResumeTest : public ::testing::Test {
 };
 
 // ---- over a restart --------------------------------------------------------
+
+TEST_F(ResumeTest, NamesOfThoseWhoAreExpectedBackAreInUse) {
+  Engine old = AnEngine(11), next = AnEngine(12);
+  OpenFresh(old);
+  Restart();
+  next.name_conflict = NameConflict::kError;
+  const absl::Status taken = TryOpen(next);
+  EXPECT_TRUE(absl::IsFailedPrecondition(taken)) << taken;
+  EXPECT_THAT(std::string(taken.message()), ::testing::HasSubstr("pids 11"));
+  next.name_conflict = NameConflict::kSuffix;
+  OpenFresh(next);
+  EXPECT_EQ(next.ear->opened.instance, "a_1");
+  // Who resumes keeps its name, whatever it wishes.
+  old.name_conflict = NameConflict::kError;
+  ASSERT_EQ(OpenAgain(old), absl::OkStatus());
+  EXPECT_EQ(old.ear->opened.instance, "a");
+  ASSERT_EQ(Say(old, {}, /*last=*/true), absl::OkStatus());
+}
+
+TEST_F(ResumeTest, WhoResumesJoinsWhoHasTakenItsName) {
+  Engine old = AnEngine(11), next = AnEngine(12);
+  OpenFresh(old);
+  core_->HungUp(old.session());  // its connection broke; it is not dying
+  next.name_conflict = NameConflict::kSuffix;
+  OpenFresh(next);
+  EXPECT_EQ(next.ear->opened.instance, "a");
+  old.name_conflict = NameConflict::kSuffix;
+  ASSERT_EQ(OpenAgain(old), absl::OkStatus());
+  EXPECT_EQ(old.ear->opened.instance, "a");
+  EXPECT_THAT(old.ear->opened.joined_pids, ::testing::IsEmpty());
+  ASSERT_EQ(Say(old, {}, /*last=*/true), absl::OkStatus());
+}
 
 TEST_F(ResumeTest, WhatAnEngineHoldsIsAdoptedAndCounts) {
   Engine a = AnEngine(10);

@@ -24,6 +24,7 @@ constexpr size_t kMaxRememberedAnswers = 1024;
 constexpr size_t kMaxAnswersSize = 4 << 20;
 constexpr size_t kMaxClaimsPerSession = 64;
 constexpr size_t kMaxLabels = 32;
+constexpr size_t kMaxJoinedPids = 64;
 constexpr int kMaxEmptyAnswers = 3;
 constexpr absl::Duration kMaxDeadline = absl::Minutes(10);
 
@@ -75,6 +76,12 @@ absl::Status CheckGeometry(const PoolGeometry& pool, const BackendInfo& device,
                    pool.max_pages);
   }
   return absl::OkStatus();
+}
+
+// Whether both are one process for sure: of two that are invisible from here
+// nobody knows.
+bool SurelySameProcess(const Peer& a, const Peer& b) {
+  return (a.pid != 0 || a.process_inode != 0) && SameProcess(a, b);
 }
 
 constexpr char kSlotsTaken[] = "the slots asked for are not empty";
@@ -194,6 +201,11 @@ absl::Status Core::CheckOpen(const Peer& peer, const Open& open,
     return Invalid("max_fraction: must be above 0 and at most 1; got ",
                    *open.max_fraction);
   }
+  if (open.min_fraction &&
+      !(*open.min_fraction > 0 && *open.min_fraction <= 1)) {
+    return Invalid("min_fraction: must be above 0 and at most 1; got ",
+                   *open.min_fraction);
+  }
   if (open.weight && !(*open.weight > 0 && *open.weight <= 1e6)) {
     return Invalid("weight: must be above 0 and at most 1,000,000; got ",
                    *open.weight);
@@ -210,15 +222,21 @@ absl::Status Core::CheckOpen(const Peer& peer, const Open& open,
     return Invalid("min: is above max: ", FormatBytes(*open.min), " and ",
                    FormatBytes(*open.max));
   }
+  if (!open.min && !open.max && open.min_fraction && open.max_fraction &&
+      *open.min_fraction > *open.max_fraction) {
+    return Invalid("min_fraction: is above max_fraction: ", *open.min_fraction,
+                   " and ", *open.max_fraction);
+  }
   // Others' wishes are not heard: see OpenSession.
-  if (open.min && (instance == nullptr || (instance->sessions.empty() &&
-                                           !instance->set_by_operator))) {
+  const std::optional<Bytes> min = MinWished(open);
+  if (min && (instance == nullptr ||
+              (instance->sessions.empty() && !instance->set_by_operator))) {
     Bytes others =
         ledger_.SumOfMins() - (instance == nullptr ? Bytes(0) : instance->min);
-    if (others + *open.min > ledger_.capacity()) {
+    if (others + *min > ledger_.capacity()) {
       return absl::FailedPreconditionError(absl::StrCat(
           "min: more is guaranteed than there is; asked ",
-          FormatBytes(*open.min), ", others have ", FormatBytes(others),
+          FormatBytes(*min), ", others have ", FormatBytes(others),
           ", capacity ", FormatBytes(ledger_.capacity())));
     }
   }
@@ -284,8 +302,45 @@ void Core::KeepAnswer(SessionState& session, Sequence sequence, Answer answer) {
   }
 }
 
-std::string Core::NameInForce(const Peer& peer, const std::string& wished) {
-  auto taken = [&](const std::string& name) {
+std::optional<Bytes> Core::MinWished(const Open& open) const {
+  if (open.min || !open.min_fraction) return open.min;
+  return Bytes(static_cast<int64_t>(
+      static_cast<double>(options_.backend->info().total.count()) *
+      *open.min_fraction));
+}
+
+std::vector<uint32_t> Core::OthersOf(const Peer& peer,
+                                     const std::string& name) {
+  std::vector<uint32_t> pids;
+  const auto add = [&](const Peer& other) {
+    if (!SurelySameProcess(other, peer)) pids.push_back(other.pid);
+  };
+  const LedgerInstance* instance = ledger_.FindInstance({peer.tenant, name});
+  if (instance != nullptr) {
+    for (SessionId id : instance->sessions) {
+      // One that has hung up is dying, or about to say that it goes on.
+      const SessionState& session = sessions_.at(id);
+      if (session.connected) add(session.peer);
+    }
+  }
+  if (Now() < hold_until_) {
+    for (const RememberedSession& session : expected_) {
+      if (session.peer.tenant == peer.tenant && session.instance == name) {
+        add(session.peer);
+      }
+    }
+  }
+  // Several sessions of a process are one.
+  std::set<uint32_t> seen;
+  std::erase_if(pids, [&](uint32_t pid) {
+    return pid != 0 && !seen.insert(pid).second;
+  });
+  return pids;
+}
+
+absl::StatusOr<std::string> Core::NameInForce(const Peer& peer,
+                                              const Open& open) {
+  const auto of_another_tenant = [&](const std::string& name) {
     mu_.AssertHeld();
     for (const auto& [key, instance] : ledger_.instances()) {
       if (key.second == name && key.first != peer.tenant &&
@@ -295,10 +350,25 @@ std::string Core::NameInForce(const Peer& peer, const std::string& wished) {
     }
     return false;
   };
-  std::string name = wished;
+  const NameConflict conflict =
+      open.resuming ? NameConflict::kJoin : open.name_conflict;
+  const auto taken = [&](const std::string& name) {
+    mu_.AssertHeld();
+    return of_another_tenant(name) || (conflict == NameConflict::kSuffix &&
+                                       !OthersOf(peer, name).empty());
+  };
+  std::string name = open.instance;
   for (int suffix = 1; taken(name); ++suffix) {
     std::string ending = absl::StrCat("_", suffix);
-    name = wished.substr(0, kMaxNameLength - ending.size()) + ending;
+    name = open.instance.substr(0, kMaxNameLength - ending.size()) + ending;
+  }
+  if (conflict == NameConflict::kError) {
+    if (std::vector<uint32_t> others = OthersOf(peer, name); !others.empty()) {
+      return absl::FailedPreconditionError(absl::StrCat(
+          "instance: the name is in use by a live process, and name_conflict "
+          "is error: instance ",
+          name, ", pids ", absl::StrJoin(others, ", ")));
+    }
   }
   return name;
 }
@@ -311,7 +381,7 @@ absl::StatusOr<SessionId> Core::OpenSession(
   Opened opened;
   {
     MutexLock lock(&mu_);
-    const std::string name = NameInForce(peer, open.instance);
+    ASSIGN_OR_RETURN(const std::string name, NameInForce(peer, open));
     std::optional<Resumption> resumption;
     if (open.resuming) {
       ASSIGN_OR_RETURN(resumption, CheckResuming(peer, open));
@@ -336,7 +406,7 @@ absl::StatusOr<SessionId> Core::OpenSession(
     if (instance.sessions.empty()) {
       // The first process brings the limits, unless an operator has set some.
       if (!instance.set_by_operator) {
-        if (open.min) instance.min = *open.min;
+        if (std::optional<Bytes> min = MinWished(open)) instance.min = *min;
         if (open.max) instance.max = *open.max;
         if (open.max_fraction && !open.max) {
           instance.max = Bytes(static_cast<int64_t>(
@@ -347,6 +417,10 @@ absl::StatusOr<SessionId> Core::OpenSession(
         if (open.weight) instance.weight = *open.weight;
       }
     } else if (!resumption) {
+      opened.joined_pids = OthersOf(peer, name);
+      if (opened.joined_pids.size() > kMaxJoinedPids) {
+        opened.joined_pids.resize(kMaxJoinedPids);
+      }
       actions.log.push_back(absl::StrCat(
           "join instance=", name, " pid=", peer.pid, " with pids=",
           absl::StrJoin(instance.sessions, ",",

@@ -111,21 +111,6 @@ std::string SocketDirectory(const BrokerConfig& config) {
                         : client::UserSocketDirectory(std::getenv);
 }
 
-// Empty: no state is kept.
-std::string StateDirectory(const BrokerConfig& config) {
-  if (config.state_dir == "none") return "";
-  if (!config.state_dir.empty()) return config.state_dir;
-  if (geteuid() == 0) return "/var/lib/kvbroker";
-  if (const char* state = std::getenv("XDG_STATE_HOME");
-      state != nullptr && *state == '/') {
-    return absl::StrCat(state, "/kvbroker");
-  }
-  if (const char* home = std::getenv("HOME"); home != nullptr && *home == '/') {
-    return absl::StrCat(home, "/.local/state/kvbroker");
-  }
-  return "";
-}
-
 // What the last broker of the device left. NOT_FOUND: nothing.
 absl::StatusOr<BrokerState> LoadState(const BrokerConfig& config,
                                       const std::string& device,
@@ -148,6 +133,20 @@ std::vector<std::string> LockDirectories(const BrokerConfig& config) {
 }
 
 }  // namespace
+
+std::string StateDirectory(const BrokerConfig& config) {
+  if (config.state_dir == "none") return "";
+  if (!config.state_dir.empty()) return config.state_dir;
+  if (geteuid() == 0) return "/var/lib/kvbroker";
+  if (const char* state = std::getenv("XDG_STATE_HOME");
+      state != nullptr && *state == '/') {
+    return absl::StrCat(state, "/kvbroker");
+  }
+  if (const char* home = std::getenv("HOME"); home != nullptr && *home == '/') {
+    return absl::StrCat(home, "/.local/state/kvbroker");
+  }
+  return "";
+}
 
 absl::StatusOr<std::unique_ptr<RunningBroker>> RunningBroker::Start(
     const BrokerConfig& config, BrokerOptions options) {
@@ -309,6 +308,10 @@ absl::StatusOr<std::unique_ptr<RunningBroker>> RunningBroker::Start(
                   [broker = self.get()](int change) {
                     broker->CountSession(change);
                   },
+              .count_opening =
+                  [broker = self.get()](int change) {
+                    broker->opening_ += change;
+                  },
               .log = warn,
           }),
           MakeAdminService({
@@ -357,11 +360,27 @@ RunningBroker::~RunningBroker() {
   state_keeper_.reset();  // reads the core
 }
 
+bool RunningBroker::LeaveIfIdle() {
+  std::promise<bool> left;
+  loop_->Post([&] {
+    // In the order in which an engine goes through them: one that is seen in
+    // none has not connected.
+    left_ = rendezvous_->half_open() == 0 && opening_ == 0 && sessions_ == 0;
+    if (left_) {
+      accept_.reset();
+    } else {
+      UpdateIdleTimer();
+    }
+    left.set_value(left_);
+  });
+  return left.get_future().get();
+}
+
 void RunningBroker::Stop() {
   // Start may have failed half way.
   if (stopped_ || loop_ == nullptr) return;
   stopped_ = true;
-  if (accept_ != nullptr) {
+  if (accept_ != nullptr || left_) {
     // Destroyed where its handlers run.
     std::promise<void> gone;
     loop_->Post([&] {

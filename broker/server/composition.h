@@ -54,7 +54,7 @@ namespace kvbroker {
 struct BrokerOptions {
   // Called from the event loop when no engine has lived for
   // `config.idle_exit`, at the start or since the last one. Stopping is the
-  // owner's.
+  // owner's, after LeaveIfIdle.
   std::function<void()> idle;
   // For tests: instead of the configured one; ways of older kernels; haste.
   std::unique_ptr<Backend> backend;
@@ -69,6 +69,9 @@ struct BrokerOptions {
   bool log_to_stderr = true;
 };
 
+// Where a broker so configured keeps its state; empty: nowhere.
+std::string StateDirectory(const BrokerConfig& config);
+
 class RunningBroker {
  public:
   // Serves when it returns. ALREADY_EXISTS: another broker has the device.
@@ -78,6 +81,10 @@ class RunningBroker {
   // Stops first.
   ~RunningBroker();
 
+  // True where no engine has a session or is about to open one: then nobody can
+  // connect any more, and Stop is next. Otherwise nothing has changed, and
+  // BrokerOptions::idle is called again in time.
+  bool LeaveIfIdle();
   // No more grants, no more connections, sockets removed; streams end. Engines
   // run on with what they have mapped. Done within a second.
   void Stop();
@@ -128,10 +135,12 @@ class RunningBroker {
   std::unique_ptr<DriverThread> driver_;
   std::unique_ptr<GrpcServer> server_;
   std::unique_ptr<AcceptLoop> accept_;
+  bool left_ = false;  // LeaveIfIdle
   bool stopped_ = false;
 
   std::atomic<bool> core_woken_ = false;
   std::atomic<int> sessions_ = 0;
+  std::atomic<int> opening_ = 0;  // sessions, not all of which come to be
   // The event loop's.
   EventLoop::TimerId core_timer_;
   EventLoop::TimerId rest_timer_;

@@ -381,6 +381,32 @@ TEST_F(CompositionTest, ABrokerIsIdleWhileNoEngineLives) {
   WaitUntil([&] { return times > before; });
 }
 
+TEST_F(CompositionTest, ABrokerDoesNotLeaveWhileSomebodyOpensASession) {
+  Start();
+  {
+    // Between hello and Open.
+    TestSession session(address());
+    ASSERT_TRUE(session.descriptors().GetNonce());
+    EXPECT_FALSE(broker_->LeaveIfIdle());
+  }
+  WaitUntil([&] { return TestSession(address()).Begin("a").ok(); });
+  TestSession open(address());
+  ASSERT_TRUE(open.Begin("a").ok());
+  EXPECT_FALSE(broker_->LeaveIfIdle());
+  EXPECT_TRUE(open.Acquire(1).ok());
+}
+
+TEST_F(CompositionTest, WhoComesAfterABrokerHasLeftFindsNobody) {
+  Start();
+  const client::BrokerAddress left = address();
+  TestAdmin admin(left);  // an operator's connection keeps no broker
+  EXPECT_TRUE(admin.List().ok());
+  ASSERT_TRUE(broker_->LeaveIfIdle());
+  EXPECT_FALSE(client::SomebodyListens(left));
+  EXPECT_FALSE(std::filesystem::exists(left.rpc_path));
+  broker_->Stop();
+}
+
 TEST_F(CompositionTest, WhatIsSetWrongIsNamed) {
   auto error = [&](auto set) {
     BrokerConfig config = config_;

@@ -11,6 +11,7 @@
 #include <optional>
 
 #include "absl/strings/ascii.h"
+#include "absl/strings/cord.h"
 #include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
@@ -118,22 +119,23 @@ std::string SocketOfHolder(int fd, uint32_t pid) {
 
 absl::Status LockedOut(int fd, const std::string& path) {
   std::string who = "a process that is not to be seen from here";
-  std::string where;
+  std::string where, socket;
   if (std::optional<uint32_t> pid = PidOfHolder(fd)) {
     struct stat info;
     who = absl::StrCat("pid ", *pid);
     if (stat(absl::StrCat("/proc/", *pid).c_str(), &info) == 0) {
       who = absl::StrCat("uid ", info.st_uid, ", ", who);
     }
-    if (std::string socket = SocketOfHolder(fd, *pid); !socket.empty()) {
-      where = absl::StrCat(" at ", socket);
-    }
+    socket = SocketOfHolder(fd, *pid);
+    if (!socket.empty()) where = absl::StrCat(" at ", socket);
   }
-  return absl::AlreadyExistsError(absl::StrCat(
+  absl::Status locked_out = absl::AlreadyExistsError(absl::StrCat(
       "another broker serves this device (", who, "): connect to it", where,
       ", for which its operator admits you with socket_group or allow_uids, or "
       "stop it; lock: ",
       path));
+  if (!socket.empty()) locked_out.SetPayload(kHolderSocket, absl::Cord(socket));
+  return locked_out;
 }
 
 absl::StatusOr<UniqueFd> LockIn(const std::string& directory,

@@ -22,6 +22,9 @@
 
 namespace kvbroker {
 
+// In the payload of ALREADY_EXISTS: where the holder says that it listens.
+inline constexpr char kHolderSocket[] = "kvbroker/holder-socket";
+
 // /run/lock/kvbroker and /tmp/kvbroker-locks.
 std::vector<std::string> DefaultLockDirectories();
 

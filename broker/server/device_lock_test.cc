@@ -46,6 +46,8 @@ TEST_F(DeviceLockTest, WhoIsLockedOutIsToldTheHolderAndItsSocket) {
         std::string("/run/kv/GPU-1.sock"), std::string("socket_group")}) {
     EXPECT_NE(text.find(part), std::string::npos) << text;
   }
+  ASSERT_TRUE(status.GetPayload(kHolderSocket));
+  EXPECT_EQ(*status.GetPayload(kHolderSocket), "/run/kv/GPU-1.sock");
   EXPECT_TRUE(DeviceLock::Acquire({Path("locks")}, "GPU-2", "").ok());
   first.reset();
   EXPECT_TRUE(Lock(Path("locks")).ok());

@@ -4,23 +4,35 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/un.h>
 #include <unistd.h>
 
 #include <cstdlib>
+#include <filesystem>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
+#include <system_error>
+#include <utility>
 
 #include "absl/status/statusor.h"
+#include "absl/strings/cord.h"
+#include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
 #include "broker/base/unique_fd.h"
 #include "broker/config/command_line.h"
 #include "broker/server/composition.h"
+#include "broker/server/detachment.h"
+#include "broker/server/device_lock.h"
 #include "proto/version.h"
 
 namespace kvbroker {
 namespace {
+
+// To itself: no engine has been there for long enough.
+constexpr int kIdle = SIGALRM;
 
 enum ExitStatus { kStopped = 0, kFailed = 1, kUsage = 2, kDeviceTaken = 3 };
 
@@ -46,17 +58,31 @@ int Fail(const absl::Status& status, ExitStatus exit_status) {
   return exit_status;
 }
 
-int Run(int argc, char** argv) {
-  // Waited for below; blocked first, so that every thread inherits it.
-  sigset_t stop_signals;
-  sigemptyset(&stop_signals);
-  for (int signal : {SIGTERM, SIGINT, SIGHUP}) sigaddset(&stop_signals, signal);
-  pthread_sigmask(SIG_BLOCK, &stop_signals, nullptr);
-  signal(SIGPIPE, SIG_IGN);
-  // On by default where Abseil was built with assertions, as Debian's is: every
-  // lock, gRPC's included, then takes a global one and walks a graph.
-  absl::SetMutexDeadlockDetectionMode(absl::OnDeadlockCycle::kIgnore);
+// Where a detached broker's streams go; empty: nowhere.
+std::string DetachedLog(const BrokerConfig& config) {
+  const std::string directory = StateDirectory(config);
+  if (directory.empty()) return "";
+  std::error_code ignored;  // the state file's maker says what is wrong
+  std::filesystem::create_directories(
+      std::filesystem::path(directory).parent_path(), ignored);
+  mkdir(directory.c_str(), 0700);
+  return directory + "/kvbrokerd.log";
+}
 
+// What the first process of a detached broker that failed leaves with.
+int Fail(Detachment& detachment, const absl::Status& status,
+         ExitStatus exit_status) {
+  std::string served;
+  if (absl::optional<absl::Cord> socket = status.GetPayload(kHolderSocket)) {
+    served = absl::StrCat("served-at ", std::string(*socket), "\n");
+  }
+  Fail(status, exit_status);
+  detachment.End(exit_status, served,
+                 absl::StrCat("kvbrokerd: ", status.message(), "\n"));
+  return exit_status;
+}
+
+int Run(int argc, char** argv) {
   absl::StatusOr<CommandLine> line = ReadCommandLine(
       argc, argv, [](const char* name) { return std::getenv(name); }, kVersion);
   if (!line.ok()) return Fail(line.status(), kUsage);
@@ -64,28 +90,52 @@ int Run(int argc, char** argv) {
     fputs(line->print->c_str(), stdout);
     return kStopped;
   }
+  std::optional<Detachment> detachment;
+  if (line->detach) {
+    absl::StatusOr<Detachment> begun =
+        Detachment::Begin(DetachedLog(line->config));
+    if (!begun.ok()) return Fail(begun.status(), kFailed);
+    detachment = *std::move(begun);
+  }
+
+  // Waited for below; blocked before there are threads, so that every one
+  // inherits it.
+  sigset_t stop_signals;
+  sigemptyset(&stop_signals);
+  for (int signal : {SIGTERM, SIGINT, kIdle}) sigaddset(&stop_signals, signal);
+  if (!detachment) sigaddset(&stop_signals, SIGHUP);
+  pthread_sigmask(SIG_BLOCK, &stop_signals, nullptr);
+  signal(SIGPIPE, SIG_IGN);
+  // On by default where Abseil was built with assertions, as Debian's is: every
+  // lock, gRPC's included, then takes a global one and walks a graph.
+  absl::SetMutexDeadlockDetectionMode(absl::OnDeadlockCycle::kIgnore);
 
   BrokerOptions options;
-  options.idle = [] { kill(getpid(), SIGTERM); };
+  options.idle = [] { kill(getpid(), kIdle); };
   absl::StatusOr<std::unique_ptr<RunningBroker>> broker =
       RunningBroker::Start(line->config, std::move(options));
   if (!broker.ok()) {
-    return Fail(broker.status(), absl::IsAlreadyExists(broker.status())
-                                     ? kDeviceTaken
-                                     : kFailed);
+    const ExitStatus status =
+        absl::IsAlreadyExists(broker.status()) ? kDeviceTaken : kFailed;
+    return detachment ? Fail(*detachment, broker.status(), status)
+                      : Fail(broker.status(), status);
   }
+  const std::string text =
+      "kvbrokerd ready: " + (*broker)->description() + "\n";
   if (line->ready_fd >= 0) {
-    const std::string text =
-        "kvbrokerd ready: " + (*broker)->description() + "\n";
     UniqueFd ready(line->ready_fd);
     if (write(ready.get(), text.data(), text.size()) < 0) {
       return Fail(ErrnoToStatus(errno, "write to --ready-fd"), kFailed);
     }
   }
+  if (detachment) detachment->End(kStopped, text, "");
   Notify("READY=1");
 
   int received;
-  sigwait(&stop_signals, &received);
+  do {
+    sigwait(&stop_signals, &received);
+    // Somebody may have come since.
+  } while (received == kIdle && !(*broker)->LeaveIfIdle());
   Notify("STOPPING=1");
   (*broker)->Stop();
   return kStopped;

@@ -71,6 +71,40 @@ wait "$pid"
 start HOST-b --idle-exit 50ms
 wait "$pid" || fail "idle exit: status $?"
 
+# Detached: back when ready, and served by a process that is not ours.
+detach() {
+  "$KVBROKERD" --backend host --capacity 16M --device-uuid "$1" \
+    --socket-dir "$DIR/sockets" --lock-dir "$DIR/locks" --state-dir "$DIR/detached" \
+    --detach 7>"$DIR/held"
+}
+holder() { head -n 1 "$DIR/locks/$1.lock"; }
+ready="$(detach HOST-d)"
+status=$?
+[[ $status == 0 && "$ready" == "kvbrokerd ready: "*"socket=$DIR/sockets/HOST-d.sock" ]] ||
+  fail "detached: exit status $status, $ready"
+detached="$(holder HOST-d)"
+[[ "$(ps -o sid= -p "$detached")" != "$(ps -o sid= -p $$)" ]] || fail "detached: our session"
+[[ "$(readlink "/proc/$detached/cwd")" == / ]] || fail "detached: directory"
+ls -l "/proc/$detached/fd" | grep -q "$DIR/held" && fail "detached: our descriptor"
+[[ "$(readlink "/proc/$detached/fd/2")" == "$DIR/detached/kvbrokerd.log" ]] ||
+  fail "detached: stderr"
+kill -HUP "$detached"
+served="$(detach HOST-d 2>"$DIR/second")"
+status=$?
+[[ $status == 3 && "$served" == "served-at $DIR/sockets/HOST-d.sock" ]] ||
+  fail "second detached: exit status $status, $served"
+grep -q "^kvbrokerd: another broker.*pid $detached" "$DIR/second" ||
+  fail "second detached: $(cat "$DIR/second")"
+kill "$detached"
+while kill -0 "$detached" 2>/dev/null; do sleep 0.02; done
+# Relative paths are from where it was started.
+(cd "$DIR" && "$KVBROKERD" --backend host --capacity 16M --device-uuid HOST-d \
+  --socket-dir sockets --lock-dir locks --state-dir detached --detach >/dev/null) ||
+  fail "detached with relative paths"
+[[ -S "$DIR/sockets/HOST-d.sock" ]] || fail "detached with relative paths: no socket"
+kill "$(holder HOST-d)"
+while [[ -e "$DIR/sockets/HOST-d.sock" ]]; do sleep 0.02; done
+
 # systemd is told, by a path and by an abstract name.
 for name in "$DIR/notify" "@kvbrokerd_test.$$"; do
   : >"$DIR/notified"
@@ -108,8 +142,12 @@ expect 2 "policy.hold_off must be a duration" --policy-hold-off soon
 printf 'backend: host\ncapasity: 1G\n' >"$DIR/config.yaml"
 expect 2 "config.yaml line 2: unknown key capasity; did you mean capacity?" \
   --config "$DIR/config.yaml"
+expect 2 "do not go together" --detach --ready-fd 1
 expect 1 "socket directory $DIR/no/such" --backend host --device-uuid HOST-c \
   --socket-dir "$DIR/no/such" --lock-dir "$DIR/locks"
+expect 1 "^kvbrokerd: .*socket directory $DIR/no/such" --detach --backend host \
+  --device-uuid HOST-c --socket-dir "$DIR/no/such" --lock-dir "$DIR/locks" \
+  --state-dir "$DIR/detached"
 
 [[ $failed == 0 ]] || cat "$DIR/log" >&2
 exit $failed

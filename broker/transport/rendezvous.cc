@@ -29,6 +29,13 @@ void Rendezvous::GiveUpPlace(uint32_t uid) {
   if (--found->second == 0) places_.erase(found);
 }
 
+size_t Rendezvous::half_open() const {
+  MutexLock lock(&mu_);
+  size_t all = 0;
+  for (const auto& [uid, places] : places_) all += places;
+  return all;
+}
+
 absl::StatusOr<Nonce> Rendezvous::Offer(
     std::weak_ptr<DescriptorConnection> connection) {
   Nonce nonce;

@@ -67,6 +67,9 @@ class Rendezvous {
   // RESOURCE_EXHAUSTED: the uid has too many half-open connections.
   absl::StatusOr<Place> Enter(uint32_t uid);
 
+  // Places taken, of whatever uid.
+  size_t half_open() const;
+
   // A new nonce for the connection, valid until met, withdrawn or the
   // connection is destroyed.
   absl::StatusOr<Nonce> Offer(std::weak_ptr<DescriptorConnection> connection);
@@ -83,7 +86,7 @@ class Rendezvous {
   void GiveUpPlace(uint32_t uid);
 
   const size_t places_per_uid_;
-  Mutex mu_;
+  mutable Mutex mu_;
   absl::flat_hash_map<uint32_t, size_t> places_ ABSL_GUARDED_BY(mu_);
   absl::flat_hash_map<Nonce, std::weak_ptr<DescriptorConnection>> offers_
       ABSL_GUARDED_BY(mu_);

@@ -276,6 +276,13 @@ class AttachStream final
   }
 
   absl::Status TakeOpen(const Open& open) {
+    options_->count_opening(+1);
+    absl::Status status = Begin(open);
+    options_->count_opening(-1);
+    return status;
+  }
+
+  absl::Status Begin(const Open& open) {
     ASSIGN_OR_RETURN(std::shared_ptr<DescriptorConnection> connection,
                      options_->rendezvous->Meet(open.nonce, *who_));
     const PeerIdentity& peer = connection->peer();

@@ -46,6 +46,9 @@ struct SessionServiceOptions {
   // A session began (+1), or the core has forgotten it (-1). From any thread,
   // not always in order.
   std::function<void(int change)> count_session;
+  // Around the opening of each; +1 before the descriptor connection has given up
+  // its place, -1 after the session counts, or is refused.
+  std::function<void(int change)> count_opening;
   std::function<void(std::string_view line)> log;
 };
 

@@ -67,19 +67,6 @@ absl::StatusOr<std::vector<BrokerAddress>> ReadDirectory(
   return found;
 }
 
-// Whether anybody accepts connections on the socket; one that we may not open
-// counts, since its owner may well be there.
-bool SomebodyListens(const std::string& path) {
-  UniqueFd fd(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
-  if (!fd) return true;
-  sockaddr_un address = {};
-  address.sun_family = AF_UNIX;
-  path.copy(address.sun_path, kMaxPathBytes);
-  return connect(fd.get(), reinterpret_cast<const sockaddr*>(&address),
-                 sizeof(address)) == 0 ||
-         (errno != ECONNREFUSED && errno != ENOENT);
-}
-
 // In /tmp anybody can make a directory of the name we look for.
 absl::Status CheckOwner(const std::string& directory) {
   struct stat info;
@@ -117,7 +104,7 @@ absl::StatusOr<std::vector<BrokerAddress>> SearchDefaultDirectories(
       });
       if (same == merged.end()) {
         merged.push_back(std::move(address));
-      } else if (!SomebodyListens(same->rpc_path)) {
+      } else if (!SomebodyListens(*same)) {
         *same = std::move(address);
       }
     }
@@ -205,13 +192,39 @@ absl::StatusOr<BrokerAddress> SelectDevice(
                    ListUuids(fitting), "; got ", gpu));
 }
 
+// Takes out what is of another kind than `backend`; what is left may be nothing.
+void KeepKind(const std::string& backend, std::vector<BrokerAddress>& brokers) {
+  if (backend.empty()) return;
+  std::erase_if(brokers, [&](const BrokerAddress& broker) {
+    return IsGpu(broker.device_uuid) == (backend == "host");
+  });
+}
+
 }  // namespace
+
+bool IsGpu(std::string_view device_uuid) {
+  return device_uuid.starts_with("GPU-");
+}
+
+bool SomebodyListens(const BrokerAddress& address) {
+  UniqueFd fd(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+  if (!fd) return true;
+  sockaddr_un name = {};
+  name.sun_family = AF_UNIX;
+  address.rpc_path.copy(name.sun_path, kMaxPathBytes);
+  return connect(fd.get(), reinterpret_cast<const sockaddr*>(&name),
+                 sizeof(name)) == 0 ||
+         (errno != ECONNREFUSED && errno != ENOENT);
+}
 
 std::string SystemSocketDirectory() { return "/run/kvbroker"; }
 
 std::string UserSocketDirectory(EnvironmentLookup environment) {
   const char* runtime = environment("XDG_RUNTIME_DIR");
-  if (runtime != nullptr && *runtime != '\0') {
+  struct stat info;
+  // Containers inherit the variable, and not the directory.
+  if (runtime != nullptr && stat(runtime, &info) == 0 &&
+      S_ISDIR(info.st_mode)) {
     return InDirectory(runtime, "kvbroker");
   }
   return absl::StrCat("/tmp/kvbroker-", geteuid());
@@ -225,6 +238,15 @@ absl::StatusOr<std::vector<BrokerAddress>> FindBrokers(
   absl::c_sort(found, [](const BrokerAddress& a, const BrokerAddress& b) {
     return a.device_uuid < b.device_uuid;
   });
+  std::vector<BrokerAddress> of_kind = found;
+  KeepKind(options.backend, of_kind);
+  if (of_kind.empty() && options.address.empty()) {
+    return absl::NotFoundError(
+        absl::StrCat("no broker found for ", options.backend,
+                     " memory: there are ", ListUuids(found)));
+  }
+  // Of one that was named the session says what is wrong.
+  if (!of_kind.empty()) found = std::move(of_kind);
   if (options.gpu.empty()) return found;
   ASSIGN_OR_RETURN(BrokerAddress selected, SelectDevice(found, options.gpu));
   return std::vector<BrokerAddress>{std::move(selected)};

@@ -22,6 +22,7 @@
 
 #include <cstdlib>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "absl/functional/function_ref.h"
@@ -44,9 +45,12 @@ using EnvironmentLookup = absl::FunctionRef<const char*(const char*)>;
 // Where a broker that runs as a service puts its sockets.
 std::string SystemSocketDirectory();
 
-// Where a broker that this user started puts them: `$XDG_RUNTIME_DIR/kvbroker`,
-// else `/tmp/kvbroker-<uid>`.
+// Where a broker that this user started puts them: `$XDG_RUNTIME_DIR/kvbroker`
+// where there is that directory, else `/tmp/kvbroker-<uid>`.
 std::string UserSocketDirectory(EnvironmentLookup environment);
+
+// Whether the device is called as GPUs are (GPU-...).
+bool IsGpu(std::string_view device_uuid);
 
 struct AddressOptions {
   // A socket `.../U.sock`, with or without `unix:` before it, or a directory of
@@ -55,6 +59,9 @@ struct AddressOptions {
   // Only this device: its uuid, a prefix that no other device shares (upper and
   // lower case alike), or its index in the sorted list. Empty: all.
   std::string gpu;
+  // The kind of memory wanted. In a directory, "host" leaves out the brokers of
+  // GPUs, and "cuda" and "cuda_ipc" all others. Empty: any.
+  std::string backend;
 
   std::string system_directory = SystemSocketDirectory();
   std::string user_directory = UserSocketDirectory(std::getenv);
@@ -75,6 +82,10 @@ absl::StatusOr<std::vector<BrokerAddress>> FindBrokers(
 // are several, which the message lists. Else as FindBrokers.
 absl::StatusOr<BrokerAddress> FindBroker(const AddressOptions& options,
                                          absl::Duration wait = absl::Seconds(1));
+
+// Whether anybody accepts connections there; one that we may not open counts,
+// since its owner may well be there.
+bool SomebodyListens(const BrokerAddress& address);
 
 // The two sockets of a device's broker in `directory`. InvalidArgument where
 // `uuid` cannot be a file name or a path is longer than a unix socket's may be

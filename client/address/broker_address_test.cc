@@ -88,8 +88,11 @@ TEST(UserSocketDirectoryTest, PrefersTheRuntimeDirectory) {
   environment["XDG_RUNTIME_DIR"] = "";
   EXPECT_EQ(UserSocketDirectory(lookup),
             absl::StrCat("/tmp/kvbroker-", geteuid()));
-  environment["XDG_RUNTIME_DIR"] = "/run/user/7";
-  EXPECT_EQ(UserSocketDirectory(lookup), "/run/user/7/kvbroker");
+  environment["XDG_RUNTIME_DIR"] = "/no/such/directory";
+  EXPECT_EQ(UserSocketDirectory(lookup),
+            absl::StrCat("/tmp/kvbroker-", geteuid()));
+  environment["XDG_RUNTIME_DIR"] = "/tmp";
+  EXPECT_EQ(UserSocketDirectory(lookup), "/tmp/kvbroker");
 }
 
 TEST(AddressForTest, NamesBothSockets) {
@@ -208,6 +211,30 @@ TEST_F(FindBrokersTest, SelectsByUuidPrefixOrIndex) {
     options_.gpu = gpu;
     EXPECT_EQ(FoundUuids(), Uuids{uuid}) << gpu;
   }
+}
+
+TEST_F(FindBrokersTest, TellsGpusFromTheHost) {
+  MakeSocket(user_, "GPU-0a");
+  MakeSocket(user_, "GPU-0b");
+  MakeSocket(user_, "HOST-1");
+  options_.backend = "host";
+  EXPECT_EQ(FoundUuids(), Uuids{"HOST-1"});
+  options_.address = user_;
+  EXPECT_EQ(FoundUuids(), Uuids{"HOST-1"});
+  for (const char* backend : {"cuda", "cuda_ipc"}) {
+    options_.backend = backend;
+    EXPECT_EQ(FoundUuids(), (Uuids{"GPU-0a", "GPU-0b"}));
+  }
+  options_.gpu = "1";
+  EXPECT_EQ(FoundUuids(), Uuids{"GPU-0b"});
+}
+
+TEST_F(FindBrokersTest, NoneOfTheKindIsNotFoundUnlessItWasNamed) {
+  MakeSocket(user_, "GPU-0a");
+  options_.backend = "host";
+  ExpectFailure(absl::StatusCode::kNotFound, "host memory: there are GPU-0a");
+  options_.address = user_;
+  EXPECT_EQ(FoundUuids(), Uuids{"GPU-0a"});
 }
 
 TEST_F(FindBrokersTest, RefusesAGpuThatIsUnknownOrNotUnique) {

@@ -2,16 +2,13 @@
 
 #include "absl/strings/str_cat.h"
 #include "broker/base/status_macros.h"
+#include "client/address/broker_address.h"
 #include "client/arena/cuda_driver.h"
 #include "client/arena/cuda_mapper.h"
 #include "client/arena/gpu_mapper.h"
 #include "client/arena/host_mapper.h"
 
 namespace kvbroker::client {
-
-bool IsGpu(std::string_view device_uuid) {
-  return device_uuid.starts_with("GPU-");
-}
 
 absl::StatusOr<std::unique_ptr<Mapper>> MakeMapper(
     std::string_view backend, std::string_view device_uuid,

@@ -11,9 +11,6 @@
 
 namespace kvbroker::client {
 
-// Whether the device is called as GPUs are (GPU-...).
-bool IsGpu(std::string_view device_uuid);
-
 // `backend` is "host", "cuda", "cuda_ipc", or empty: on a GPU what the broker
 // lends there, else "host". `device_uuid` names the GPU. The CUDA driver is
 // loaded with the first mapper that wants it, and stays.

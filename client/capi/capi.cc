@@ -15,10 +15,12 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "absl/types/span.h"
 #include "broker/base/status_macros.h"
 #include "broker/device/cuda/probe.h"
 #include "client/address/broker_address.h"
+#include "client/address/broker_starter.h"
 #include "client/arena/cuda_driver.h"
 #include "client/arena/make_mapper.h"
 #include "client/capi/admin.h"
@@ -40,12 +42,15 @@ struct kvb_session_options {
   SessionOptions session;
   std::string address;
   std::string gpu;
+  std::string kvbrokerd;
+  int name_conflict = KVB_JOIN;
   std::string view_directory;  // empty: no view
 };
 
 struct kvb_session {
   std::unique_ptr<Session> session;
   std::string instance;
+  std::string joined_pids;
   pid_t owner = 0;
   int device = -1;
   BrokerAddress broker;
@@ -204,6 +209,29 @@ absl::StatusOr<PoolOptions> FromC(const kvb_pool_options* given) {
     options.on_memory = [call = pool.on_memory, context] { call(context); };
   }
   return options;
+}
+
+absl::StatusOr<kvbroker::NameConflict> NameConflict(int given) {
+  switch (given) {
+    case KVB_JOIN:
+      return kvbroker::NameConflict::kJoin;
+    case KVB_SUFFIX:
+      return kvbroker::NameConflict::kSuffix;
+    case KVB_ERROR:
+      return kvbroker::NameConflict::kError;
+  }
+  return absl::InvalidArgumentError(
+      absl::StrCat("options: no such name_conflict: ", given));
+}
+
+// Empty: none.
+absl::StatusOr<std::string> ProgramToStart(const kvb_session_options& options) {
+  if (options.kvbrokerd.empty() || !options.address.empty()) {
+    return std::string();
+  }
+  ASSIGN_OR_RETURN(const bool allowed,
+                   kvbroker::client::AutostartAllowed(std::getenv));
+  return allowed ? options.kvbrokerd : std::string();
 }
 
 // The GPU's ordinal in this process; -1 where the broker lends host memory.
@@ -373,6 +401,21 @@ void kvb_session_options_set_address(kvb_session_options* options,
   options->address = address;
 }
 
+void kvb_session_options_set_autostart(kvb_session_options* options,
+                                       const char* kvbrokerd_path) noexcept {
+  options->kvbrokerd = kvbrokerd_path == nullptr ? "" : kvbrokerd_path;
+}
+
+void kvb_session_options_set_name_conflict(kvb_session_options* options,
+                                           int name_conflict) noexcept {
+  options->name_conflict = name_conflict;
+}
+
+void kvb_session_options_set_min_fraction(kvb_session_options* options,
+                                          double fraction) noexcept {
+  options->session.min_fraction = fraction;
+}
+
 void kvb_session_options_set_gpu(kvb_session_options* options,
                                  const char* gpu) noexcept {
   options->gpu = gpu;
@@ -456,15 +499,27 @@ kvb_code kvb_session_open(const kvb_session_options* options,
     kvbroker::client::AddressOptions where;
     where.address = options->address;
     where.gpu = options->gpu;
-    ASSIGN_OR_RETURN(BrokerAddress broker, kvbroker::client::FindBroker(where));
+    SessionOptions wished = options->session;
+    ASSIGN_OR_RETURN(wished.name_conflict, NameConflict(options->name_conflict));
+    ASSIGN_OR_RETURN(const std::string kvbrokerd, ProgramToStart(*options));
     auto opened = std::make_unique<kvb_session>();
-    ASSIGN_OR_RETURN(
-        opened->session,
-        kvbroker::client::OpenSession(broker, options->session));
-    ASSIGN_OR_RETURN(opened->device, OrdinalOf(broker));
-    opened->instance = opened->session->opened().instance;
+    absl::StatusOr<kvbroker::client::FoundSession> found =
+        kvbroker::client::FindAndOpenSession(where, std::move(wished),
+                                             kvbrokerd);
+    if (absl::IsNotFound(found.status()) && kvbrokerd.empty() &&
+        !options->kvbrokerd.empty() && options->address.empty()) {
+      return absl::NotFoundError(absl::StrCat(
+          found.status().message(),
+          "; none is started, since KVBROKER_AUTOSTART forbids it"));
+    }
+    RETURN_IF_ERROR(found.status());
+    opened->session = std::move(found->session);
+    const kvbroker::Opened answer = opened->session->opened();
+    opened->instance = answer.instance;
+    opened->joined_pids = absl::StrJoin(answer.joined_pids, ",");
+    ASSIGN_OR_RETURN(opened->device, OrdinalOf(found->broker));
     opened->owner = getpid();
-    opened->broker = std::move(broker);
+    opened->broker = std::move(found->broker);
     if (!options->view_directory.empty()) {
       KeepSessionView(options->view_directory, *opened);
     }
@@ -481,6 +536,10 @@ void kvb_session_close(kvb_session* session) noexcept {
 
 const char* kvb_session_instance(const kvb_session* session) noexcept {
   return session->instance.c_str();
+}
+
+const char* kvb_session_joined_pids(const kvb_session* session) noexcept {
+  return session->joined_pids.c_str();
 }
 
 kvb_code kvb_session_health(kvb_session* session, char** error) noexcept {

@@ -78,6 +78,13 @@ typedef enum kvb_urgency {
   KVB_RUNNING = 3  /* a request runs: a miss may wait for running_miss_wait_us */
 } kvb_urgency;
 
+/* Where another live process of the same tenant has the instance's name. */
+typedef enum kvb_name_conflict {
+  KVB_JOIN = 0,   /* become a member: one limit over all */
+  KVB_SUFFIX = 1, /* take the first of NAME_1, NAME_2 ... that is free */
+  KVB_ERROR = 2   /* KVB_FAILED_PRECONDITION, which names the processes */
+} kvb_name_conflict;
+
 typedef struct kvb_session_options kvb_session_options;
 typedef struct kvb_session kvb_session;
 typedef struct kvb_pool kvb_pool;
@@ -190,6 +197,12 @@ void kvb_session_options_free(kvb_session_options* options) KVB_NOEXCEPT;
  * the system's and the user's directories. */
 void kvb_session_options_set_address(kvb_session_options* options,
                                      const char* address) KVB_NOEXCEPT;
+/* kvbrokerd, which is started where there is no broker, and again when it has
+ * died, in the user's directory: for the backend "host" where that is set and no
+ * GPU, else for the GPU that is named by its uuid. NULL, the default: never; nor
+ * with an address, nor where KVBROKER_AUTOSTART is 0, false, no or off. */
+void kvb_session_options_set_autostart(kvb_session_options* options,
+                                       const char* kvbrokerd_path) KVB_NOEXCEPT;
 /* Of several brokers: a device's uuid, a prefix of it, or its index. */
 void kvb_session_options_set_gpu(kvb_session_options* options,
                                  const char* gpu) KVB_NOEXCEPT;
@@ -200,12 +213,18 @@ void kvb_session_options_set_backend(kvb_session_options* options,
 /* Which member of the instance this process is; taken by one at a time. */
 void kvb_session_options_set_member(kvb_session_options* options,
                                     const char* member) KVB_NOEXCEPT;
-/* Limits: in force unless an operator has set others. max_fraction: of the
- * device, above 0 and at most 1, instead of max. */
+/* A kvb_name_conflict, KVB_JOIN by default. A name that only dying processes have
+ * is joined in any case, and another tenant's gets a suffix. */
+void kvb_session_options_set_name_conflict(kvb_session_options* options,
+                                           int name_conflict) KVB_NOEXCEPT;
+/* Limits: in force unless an operator has set others. Fractions: of the device,
+ * above 0 and at most 1, where no bytes are set. */
 void kvb_session_options_set_min(kvb_session_options* options,
                                  uint64_t bytes) KVB_NOEXCEPT;
 void kvb_session_options_set_max(kvb_session_options* options,
                                  uint64_t bytes) KVB_NOEXCEPT;
+void kvb_session_options_set_min_fraction(kvb_session_options* options,
+                                          double fraction) KVB_NOEXCEPT;
 void kvb_session_options_set_max_fraction(kvb_session_options* options,
                                           double fraction) KVB_NOEXCEPT;
 void kvb_session_options_set_weight(kvb_session_options* options,
@@ -244,8 +263,12 @@ kvb_code kvb_session_open(const kvb_session_options* options,
                           kvb_session** session, char** error) KVB_NOEXCEPT;
 /* Unmaps and returns everything; its pools are gone. NULL is fine. */
 void kvb_session_close(kvb_session* session) KVB_NOEXCEPT;
-/* The name in force; differs from the wish where that was another tenant's. */
+/* The name in force; differs from the wish where that was another tenant's, or
+ * in use and KVB_SUFFIX was wished. */
 const char* kvb_session_instance(const kvb_session* session) KVB_NOEXCEPT;
+/* Other live processes that had the instance when the session was opened: "12,34",
+ * 0 for one that the broker cannot see, "" for none. */
+const char* kvb_session_joined_pids(const kvb_session* session) KVB_NOEXCEPT;
 /* KVB_OK while the broker is there. Without it the pools live on and do not
  * grow. Where the GPU does not work for this process any more, KVB_INTERNAL says
  * so: no page comes or goes, and the process has to be restarted. */

@@ -93,9 +93,15 @@ void Session::SendOpen(const Nonce& nonce,
   {
     MutexLock lock(&mu_);
     open.declared_peak = declared_peak_;
+    // It has been this one's.
+    if (resuming && !opened_->instance.empty()) {
+      open.instance = opened_->instance;
+    }
   }
+  open.name_conflict = options_.name_conflict;
   open.min = options_.min;
   open.max = options_.max;
+  open.min_fraction = options_.min_fraction;
   open.max_fraction = options_.max_fraction;
   open.weight = options_.weight;
   for (const PoolOptions& pool : options_.pools) {
@@ -560,6 +566,13 @@ void Session::DropLink() {
   events_.clear();
 }
 
+void Session::SayWhyAway(const absl::Status& attempt) {
+  MutexLock lock(&mu_);
+  health_ = absl::Status(
+      away_why_.code(),
+      absl::StrCat(away_why_.message(), "; ", attempt.message()));
+}
+
 absl::Time Session::PauseBeforeReconnect() {
   const absl::Time now = clock_.Now();
   return try_at_ = now + std::clamp((now - away_since_) / 4, kShortestPause,
@@ -588,6 +601,7 @@ absl::Time Session::Reconnect() {
   DropLink();
   absl::StatusOr<Connection> connection = connect_();
   if (!connection.ok()) {
+    SayWhyAway(connection.status());
     return PauseBeforeReconnect();
   }
   away_ = false;
@@ -738,6 +752,7 @@ void Session::Process(const Disconnected& disconnected) {
     pool->OnDisconnected(
         why, memory_gone ? Pool::Memory::kGone : Pool::Memory::kStays);
   }
+  away_why_ = why;
   MutexLock lock(&mu_);
   health_ = why;
   if (room_ && !room_->answer) room_->answer = why;

@@ -69,8 +69,11 @@ struct SessionOptions {
   // In force unless an operator has set others.
   std::optional<Bytes> min;
   std::optional<Bytes> max;
+  std::optional<double> min_fraction;
   std::optional<double> max_fraction;
   std::optional<double> weight;
+  // Where another live process of the tenant has the name.
+  NameConflict name_conflict = NameConflict::kJoin;
   std::vector<PoolOptions> pools;
   absl::Duration open_timeout = absl::Seconds(10);
   // The operator ended this session. By default: says so on stderr and ends the
@@ -197,6 +200,8 @@ class Session : public PoolSession, public LinkListener {
   // Where the session is away: tries to come back when it is time. Says when to
   // call again.
   absl::Time Reconnect();
+  // Health says why the session is away, and why the last attempt failed.
+  void SayWhyAway(const absl::Status& attempt);
   // When it is time.
   absl::Time PauseBeforeReconnect();
   // Null where the broker was broken with over it.
@@ -230,6 +235,7 @@ class Session : public PoolSession, public LinkListener {
   uint64_t limit_revision_ = 0;
   // AWAY, and since when RESUMING waits for Opened.
   bool away_ = false;
+  absl::Status away_why_;
   absl::Time try_at_ = absl::InfinitePast();
   absl::Time away_since_ = absl::InfinitePast();
   absl::Time opened_at_ = absl::InfinitePast();

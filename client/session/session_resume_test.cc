@@ -139,6 +139,10 @@ TEST_F(SessionResumeTest, TheEngineRunsOnWithWhatItHasAndGrowsAgainLater) {
   std::vector<BlockId> blocks = AskAndAlloc(4 * kBlocksPerPage);
   Remembered remembered = KillBroker();
   EXPECT_TRUE(absl::IsUnavailable(session_->health())) << session_->health();
+  Advance(absl::Milliseconds(50));
+  EXPECT_TRUE(absl::IsUnavailable(session_->health())) << session_->health();
+  EXPECT_THAT(std::string(session_->health().message()),
+              HasSubstr("nobody listens"));
   EXPECT_EQ(pool().Free(blocks), absl::OkStatus());
   EXPECT_TRUE(Alloc(3 * kBlocksPerPage).has_value());
   EXPECT_FALSE(Alloc(2 * kBlocksPerPage).has_value()) << "nothing grows";
@@ -236,8 +240,10 @@ class OtherVersionTest : public ::testing::Test {
     wire_ = link.get();
     return link;
   }
-  void Open(uint64_t incarnation, uint64_t feature_bits) {
+  void Open(uint64_t incarnation, uint64_t feature_bits,
+            std::string instance = "a") {
     Opened opened;
+    opened.instance = std::move(instance);
     opened.incarnation = incarnation;
     opened.feature_bits = feature_bits;
     opened.session = SessionId(1);
@@ -288,6 +294,13 @@ TEST_F(OtherVersionTest, OneThatCouldNotIsReplacedByOneThatCan) {
   ASSERT_THAT(said, SizeIs(1));
   EXPECT_TRUE(said[0].last);
   EXPECT_THAT(said[0].pages, IsEmpty());
+}
+
+TEST_F(OtherVersionTest, ASessionThatComesBackAsksForTheNameItHad) {
+  ASSERT_EQ(wire_->Take<kvbroker::Open>()[0].instance, "a");
+  Open(1, kFeatureResume, "a_1");
+  Disconnect();
+  EXPECT_EQ(wire_->Take<kvbroker::Open>()[0].instance, "a_1");
 }
 
 TEST_F(OtherVersionTest, OneThatDoesNotAnswerIsNone) {

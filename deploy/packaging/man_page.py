@@ -1,4 +1,4 @@
-"""Turns docs/man/*.1.md into the pages that `man` shows.
+"""Turns docs/man/*.md into the pages that `man` shows.
 
 usage: man_page.py PAGE.1.md > PAGE.1
 

@@ -11,7 +11,7 @@ sys.path.insert(0, str(HERE))
 
 import man_page  # noqa: E402
 
-PAGES = sorted((HERE.parents[1] / "docs" / "man").glob("*.1.md"))
+PAGES = sorted((HERE.parents[1] / "docs" / "man").glob("*.[1-8].md"))
 
 
 def body(markdown: str) -> list[str]:

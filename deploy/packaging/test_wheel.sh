@@ -197,7 +197,8 @@ print(programs.find("kvbrokerd"))')"
   fi
   stop_broker
   step "${who}" "has man pages" \
-    test -s "${venv}/share/man/man1/kvctl.1" -a -s "${venv}/share/man/man1/kvtop.1" || true
+    test -s "${venv}/share/man/man1/kvctl.1" -a -s "${venv}/share/man/man1/kvtop.1" \
+    -a -s "${venv}/share/man/man8/kvbrokerd.8" || true
   suite "${who}" "${venv}" plain
   step "${who}" "is gone once uninstalled" uninstalled "${venv}" || true
   cd -- "${root}"

@@ -1,8 +1,6 @@
 // kvcached._C.Session: see _C.pyi.
 #include "engine_patches/native/session_state.h"
 //
-#include "engine_patches/native/pending.h"
-//
 #include <cstring>
 #include <new>
 #include <string_view>
