@@ -229,6 +229,10 @@ class Runtime:
                 self._contiguous = settings.contiguous_layout if contiguous is None else contiguous
                 self.engine = engine
                 self.initialized = True
+            elif page_bytes not in (0, self._page_bytes):
+                raise ValueError(
+                    f"page_size {page_bytes}: kvcached uses {self._page_bytes} in this process"
+                )
             if wanted is not None:
                 self._name_device(wanted)
             self.tp_rank, self.tp_size, self.pp_rank = tp_rank, tp_size, pp_rank

@@ -35,9 +35,10 @@ def is_available() -> bool:
 
 
 def init_kvcached(dev_str: str, page_size: int = 0, contiguous_layout: bool = True) -> None:
-    """``page_size`` in bytes; 0: as KVCACHED_PAGE_SIZE_MB says. Idempotent.
+    """``page_size`` in bytes; 0: as KVCACHED_PAGE_SIZE_MB says. Idempotent; the first call's
+    layout holds.
 
-    Raises ValueError for another device or page size.
+    Raises ValueError for a device or page size that does not do, or another than before.
     """
     runtime.init(device=dev_str, page_bytes=page_size, contiguous=contiguous_layout, is_worker=True)
 

@@ -39,10 +39,10 @@ def eventually(done: Callable[[], object], timeout_s: float = TIMEOUT_S) -> bool
 class Broker:
     """Started by start(), ended by stop() or kill(); may be started again."""
 
-    def __init__(self, folder: Path, capacity: str) -> None:
+    def __init__(self, folder: Path, device: list[str]) -> None:
         self.folder = folder
         self.address = str(folder / "sockets")
-        self._capacity = capacity
+        self._device = device
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -52,8 +52,7 @@ class Broker:
             self._process = subprocess.Popen(
                 [
                     program("kvbrokerd"),
-                    *("--backend", "host", "--device-uuid", f"TEST-{os.getpid()}"),
-                    *("--capacity", self._capacity),
+                    *self._device,
                     *("--socket-dir", self.address, "--lock-dir", str(self.folder / "locks")),
                     *("--state-dir", str(self.folder / "state"), "--ready-fd", str(write)),
                 ],
@@ -88,10 +87,16 @@ class Broker:
         return done.stdout
 
 
+def host_memory(capacity: str) -> list[str]:
+    """A broker's options."""
+    return ["--backend", "host", "--device-uuid", f"TEST-{os.getpid()}", "--capacity", capacity]
+
+
 @contextmanager
-def running_broker(capacity: str) -> Iterator[Broker]:
+def running_broker(capacity: str, device: list[str] | None = None) -> Iterator[Broker]:
+    """``device``: options of a broker for another one than host memory of this size."""
     folder = Path(tempfile.mkdtemp(prefix="kvb", dir="/tmp"))
-    broker = Broker(folder, capacity)
+    broker = Broker(folder, host_memory(capacity) if device is None else device)
     try:
         broker.start()
         yield broker

@@ -312,6 +312,15 @@ class Making(BrokerTest):
         vllm.init_kvcached(device="cpu")
         self.assertEqual(manager().group.session.limits()[0], 10 * MIB)
 
+    def test_a_guarantee_may_be_a_fraction(self) -> None:
+        total = self.limit_with(KVCACHED_IPC_NAME="whole", KVCACHED_GPU_UTILIZATION="1")
+        percent = 16 * MIB * 100 / total
+        self.setenv(KVCACHED_IPC_NAME="part", KVBROKER_MIN=f"{percent:.6f}%")
+        vllm.init_kvcached(device="cpu")
+        self.assertAlmostEqual(
+            manager().group.session.limits()[0], 16 * MIB, delta=total * 1e-8 + 1
+        )
+
     def test_labels_are_told(self) -> None:
         self.setenv(KVBROKER_LABELS="model=llama,pod=p-1")
         vllm.init_kvcached(device="cpu")

@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
+from pathlib import Path
 
 from broker import TIMEOUT_S, BrokerTest, eventually
 
@@ -162,6 +164,23 @@ class End(Processes):
                 """
             )
             self.assertEqual(out, "test\n")
+
+    def test_a_limit_outlives_its_process(self) -> None:
+        program = """
+            mine = KVCacheManager(1000, 16, CELL, 2)
+            before = mine.group.session.limits()[1]
+            {do}
+            print(before, mine.group.session.limits()[1])
+            """
+        page = 2 << 22
+        out = self.run_program(program.format(do=f"mine.set_memory_limit(3 * {page}, revision=1)"))
+        self.assertEqual(out.split()[1], str(3 * page))
+        out = self.run_program(
+            program.format(do="assert mine.alloc(25) is None"), KVBROKER_LIMIT="1G"
+        )
+        self.assertEqual(out.split(), [str(3 * page)] * 2)
+        self.broker.kvctl("limit", "test", str(2 * page))
+        self.assertEqual(self.run_program(program.format(do="")).split(), [str(2 * page)] * 2)
 
     def test_default_names_are_told_apart(self) -> None:
         programs = [
@@ -330,7 +349,62 @@ class Together(Processes):
         take(mine, 90)
 
 
+class Names(Processes):
+    def two(self, **environ: str) -> tuple[subprocess.Popen[str], str, str, int]:
+        """A process in the instance, and what a second one says and ends with."""
+        first = start(
+            """
+            mine = KVCacheManager(1000, 16, CELL, 2)
+            print(mine.group.session.instance, flush=True)
+            sys.stdin.readline()
+            """
+        )
+        self.addCleanup(first.communicate)
+        assert first.stdout is not None
+        self.assertEqual(first.stdout.readline(), "test\n")
+        second = start("print(KVCacheManager(1000, 16, CELL, 2).group.session.instance)", **environ)
+        out, err = second.communicate(timeout=TIMEOUT_S)
+        return first, out, err, second.returncode
+
+    def test_join(self) -> None:
+        first, out, err, status = self.two(KVCACHED_LOG_LEVEL="WARNING")
+        self.assertEqual((out, status), ("test\n", 0))
+        self.assertIn(str(first.pid), err)
+
+    def test_suffix(self) -> None:
+        _, out, err, status = self.two(
+            KVBROKER_NAME_CONFLICT="suffix", KVCACHED_LOG_LEVEL="WARNING"
+        )
+        self.assertEqual((out, status), ("test_1\n", 0))
+        self.assertIn("test_1", err)
+
+    def test_error(self) -> None:
+        first, out, err, status = self.two(KVBROKER_NAME_CONFLICT="error")
+        self.assertEqual((out, status), ("", 1))
+        self.assertIn(str(first.pid), err)
+
+
 class Brokers(Processes):
+    def test_one_is_started_where_there_is_none(self) -> None:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        program = """
+            from kvcached import _C
+            import json
+            mine = KVCacheManager(1000, 16, CELL, 2)
+            assert eventually(lambda: mine.alloc(10))
+            print(json.loads(_C.list_brokers())[0]["pid"])
+            """
+        here = {"KVBROKER_ADDRESS": "", "XDG_RUNTIME_DIR": folder.name}
+        broker = int(self.run_program(program, **here))
+        try:
+            self.assertNotEqual(os.getpgid(broker), os.getpgrp())
+            self.assertNotEqual(os.getsid(broker), os.getsid(0))
+            self.assertEqual(int(self.run_program(program, **here)), broker)
+        finally:
+            os.kill(broker, signal.SIGTERM)
+        self.assertTrue(eventually(lambda: not list(Path(folder.name).rglob("*.sock"))))
+
     def test_a_broker_that_comes_back(self) -> None:
         self.assertEqual(control.state(), "starting")
         vllm.init_kvcached(device="cpu")
