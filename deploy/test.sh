@@ -170,7 +170,8 @@ wheel_tests() {
   say wheel "deploy/packaging/build_wheel.sh --unaudited, then test_wheel.sh"
   {
     bazel build --show_result=0 "${bazel_flags[@]}" //engine_patches/native:_C.abi3.so \
-      //broker/server:kvbrokerd //client/cli:kvctl </dev/null &&
+      //broker/server:kvbrokerd //client/cli:kvctl \
+      //tests/fake_cuda:libfake_cuda.so </dev/null &&
       deploy/packaging/build_wheel.sh "${work}/wheel" --unaudited --no-install \
         --bin "$(bazel info bazel-bin </dev/null 2>/dev/null)" &&
       deploy/packaging/test_wheel.sh "${work}"/wheel/*.whl /usr/bin/python3

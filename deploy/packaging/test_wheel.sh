@@ -4,13 +4,16 @@ set -euo pipefail
 
 usage() {
   cat <<EOF2
-usage: deploy/packaging/test_wheel.sh WHEEL [--torch VERSION]... [PYTHON...]
+usage: deploy/packaging/test_wheel.sh WHEEL [--torch VERSION]... [--fake-cuda FILE]
+                                       [PYTHON...]
 For each PYTHON (a program; by default python3.9 to python3.13, as far as they are
 on PATH or pyenv has them), in a new environment without torch: installs WHEEL,
 imports it, asks a broker of its own with kvctl, runs \`python -m kvcached\` and the
 package's tests, and looks what is left after it is uninstalled.
   --torch VERSION   besides, in an environment with torch from PyPI, on the
                     newest PYTHON that has that version: the tests that need torch
+  --fake-cuda FILE  the driver of test_gpu, //tests/fake_cuda:libfake_cuda.so; by
+                    default that under bazel-bin. Without it test_gpu is left out
 Needs no network without --torch. The last line is "N passed, N failed", which
 counts steps and test cases; exits 1 when anything failed.
 EOF2
@@ -22,6 +25,7 @@ readonly root
 wheel=""
 torches=()
 pythons=()
+fake_cuda="${root}/bazel-bin/tests/fake_cuda/libfake_cuda.so"
 while (($# > 0)); do
   case "$1" in
     -h | --help)
@@ -29,6 +33,15 @@ while (($# > 0)); do
       exit 0
       ;;
     --torch=*) torches+=("${1#*=}") ;;
+    --fake-cuda=*) fake_cuda="${1#*=}" ;;
+    --fake-cuda)
+      if (($# < 2)); then
+        usage >&2
+        exit 2
+      fi
+      fake_cuda="$2"
+      shift
+      ;;
     --torch)
       if (($# < 2)); then
         usage >&2
@@ -52,6 +65,7 @@ if [[ ! -f "${wheel}" ]]; then
   exit 2
 fi
 wheel="$(realpath -- "${wheel}")"
+fake_cuda="$(realpath --canonicalize-missing -- "${fake_cuda}")"
 
 # Short: sockets are made below, whose paths may not be longer than 107 bytes.
 work="$(mktemp -d /tmp/kvwXXXXXX)"
@@ -116,6 +130,13 @@ suite() {
   for file in "${work}"/tree/engine_patches/tests/test_*.py; do
     file="${file##*/}"
     case "${pattern}/${file}" in
+      plain/test_gpu.py)
+        if [[ -r "${fake_cuda}" ]]; then
+          modules+=(test_gpu)
+        else
+          printf 'left out %s\n' "test_gpu: there is no ${fake_cuda}"
+        fi
+        ;;
       torch/test_torch_* | plain/test_[!t]* | plain/test_t[!o]*) modules+=("${file%.py}") ;;
     esac
   done
@@ -124,8 +145,11 @@ suite() {
     failed=$((failed + 1))
     return
   fi
-  (cd -- "${work}/tree/engine_patches/tests" && exec "${venv}/bin/python" -m unittest "${modules[@]}") \
-    </dev/null >"${work}/unittest.log" 2>&1 || true
+  (
+    cd -- "${work}/tree/engine_patches/tests"
+    export KVBROKER_FAKE_CUDA="${fake_cuda}"
+    exec "${venv}/bin/python" -m unittest "${modules[@]}"
+  ) </dev/null >"${work}/unittest.log" 2>&1 || true
   counts="$("${venv}/bin/python" "${root}/deploy/count_tests.py" unittest "${work}/unittest.log")"
   passed=$((passed + ${counts% *}))
   failed=$((failed + ${counts#* }))
