@@ -207,9 +207,12 @@ def check_broker(start: bool) -> Iterator[Finding]:
         )
         return
     if not brokers and start:
-        yield from _start_broker()
-        with contextlib.suppress(_C.Error):
-            brokers = _ask(_C.list_brokers)
+        # Listed while the session is open: it may leave afterwards.
+        for finding in _start_broker():
+            yield finding
+            if finding.status == OK:
+                with contextlib.suppress(_C.Error):
+                    brokers = _ask(_C.list_brokers)
     elif not brokers:
         yield _no_broker()
     for broker in brokers:
@@ -266,7 +269,10 @@ def _no_broker() -> Finding:
 
 
 def _start_broker() -> Iterator[Finding]:
-    """Opens a session as an engine does, which starts a broker where none is."""
+    """Opens a session as an engine does, which starts a broker where none is.
+
+    Of the first GPU; of host memory where there is none.
+    """
     from kvcached import _C
 
     nobody = _no_broker()
@@ -274,9 +280,15 @@ def _start_broker() -> Iterator[Finding]:
         yield nobody
         return
     try:
+        gpu: str | None = _C.gpu_uuid(0)
+    except _C.Error:
+        gpu = None
+    try:
         session = _C.Session(
             f"kvcached_doctor_{os.getpid()}",
             [{"handle_bytes": 2 * _MIB, "max_pages": 1, "block_bytes": 2 * _MIB}],
+            gpu=gpu,
+            backend=None if gpu else "host",
             timeout_ms=_START_TIMEOUT_MS,
             broker_program=str(programs.find("kvbrokerd")),
         )
@@ -289,7 +301,7 @@ def _start_broker() -> Iterator[Finding]:
         )
         return
     try:
-        yield Finding(OK, "broker", "one was started, and lends memory")
+        yield Finding(OK, "broker", "one was started; it leaves when it is idle")
     finally:
         session.close()
 

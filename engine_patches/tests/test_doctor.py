@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -11,7 +13,7 @@ import unittest
 from pathlib import Path
 from unittest import mock
 
-from broker import TIMEOUT_S, BrokerTest
+from broker import TIMEOUT_S, BrokerTest, eventually
 
 from kvcached import _C, __version__
 from kvcached import __main__ as doctor
@@ -85,6 +87,28 @@ class Doctor(BrokerTest):
             self.setenv(KVBROKER_AUTOSTART="0")
             (finding,) = self.said("broker")
             self.assertEqual(finding.status, doctor.PROBLEM)
+
+    def test_one_is_started_when_told_to(self) -> None:
+        folder = tempfile.TemporaryDirectory(prefix="kvb", dir="/tmp")
+        self.addCleanup(folder.cleanup)
+        del os.environ["KVBROKER_ADDRESS"]
+        nowhere = {"KVBROKER_CUDA_DRIVER": "/nonexistent", "KVBROKER_NVML": "/nonexistent"}
+        self.setenv(
+            XDG_RUNTIME_DIR=folder.name,
+            KVBROKERD_LOCK_DIR=f"{folder.name}/locks",
+            KVBROKERD_STATE_DIR="none",
+            KVBROKERD_CAPACITY="64M",
+            **nowhere,
+        )
+        done = self.run_it("--start", "--json")
+        said = json.loads(done.stdout)
+        texts = [one["text"] for one in said["findings"] if one["topic"] == "broker"]
+        self.assertEqual(done.returncode, 0, texts)
+        started, described = texts
+        self.assertIn("was started", started)
+        pid = int(re.search(r"pid (\d+)", described).group(1))  # type: ignore[union-attr]
+        os.kill(pid, signal.SIGTERM)
+        self.assertTrue(eventually(lambda: not Path(f"/proc/{pid}").exists()))
 
     def test_a_native_part_of_another_release(self) -> None:
         with mock.patch.object(_C, "VERSION", "0.0.0"):
