@@ -105,7 +105,9 @@ typedef struct kvb_pool_options {
   int64_t min_reserved_pages; /* idle pages that are kept, and mapped ahead */
   int64_t max_reserved_pages; /* idle pages kept at most; -1: no limit */
   int64_t idle_decay_ms;      /* idle pages above the reserve go after this */
-  int64_t running_miss_wait_us; /* how long kvb_pool_alloc may wait */
+  /* How long kvb_pool_alloc may wait for others to give; what was granted by then
+   * is waited for, up to a second. */
+  int64_t running_miss_wait_us;
   int64_t claim_deadline_ms;    /* how long the broker may pursue a miss */
   kvb_callback on_preempt;      /* see kvb_pool_blocks_to_vacate */
   kvb_pages_callback on_closing; /* pages get no new blocks, and empty out */

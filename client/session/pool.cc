@@ -86,7 +86,10 @@ bool Pool::Alloc(absl::Span<BlockId> out, Urgency urgency) {
     if (!give_up) {
       absl::Duration patience =
           running ? options_.running_miss_wait : absl::ZeroDuration();
-      if (missing <= promised_pages(now)) {
+      // The broker refuses what it has not decided on within that time; what it
+      // has may still be in the making.
+      const bool will_be_told = patience > absl::ZeroDuration() && !slow_broker_;
+      if (missing <= promised_pages(now) || will_be_told) {
         patience = std::max(patience, kPromiseKept);
       }
       give_up = now + patience;
@@ -103,6 +106,8 @@ bool Pool::Alloc(absl::Span<BlockId> out, Urgency urgency) {
     if (changed) session_.Wake();
     if (!connected_ || closed_ || now >= *give_up) {
       if (running) {
+        slow_broker_ |= now >= *give_up && wished.retry_at <= now &&
+                        QuestionOf(urgency) != nullptr;
         wished.pages = 0;
         session_.Wake();  // withdraws the question
       }
@@ -595,6 +600,7 @@ void Pool::OnGranted(const Granted& granted,
       questions_.erase(it);
       break;
     }
+    slow_broker_ = false;
     if (question) wanted = TakeGranted(granted, *question);
   }
   Mapped mapped;
@@ -702,6 +708,7 @@ void Pool::OnRefused(const Refused& refused) {
   if (it == questions_.end()) return;
   Question question = std::move(*it);
   questions_.erase(it);
+  slow_broker_ = false;
   for (PageIndex page : question.pages) {
     KVB_CHECK(table_.Abandon(page).ok());
   }
@@ -1006,8 +1013,12 @@ void Pool::Ask(Urgency urgency, PageCount want, PageCount at_least,
   acquire.at_least = at_least;
   acquire.indexes = question.pages;
   acquire.urgency = urgency;
-  acquire.deadline = urgency == Urgency::kSpeculative ? kAheadDeadline
-                                                      : options_.claim_deadline;
+  acquire.deadline = options_.claim_deadline;
+  if (urgency == Urgency::kSpeculative) acquire.deadline = kAheadDeadline;
+  if (urgency == Urgency::kRunning) {
+    acquire.deadline = std::clamp(options_.running_miss_wait,
+                                  absl::Milliseconds(1), acquire.deadline);
+  }
   acquire.replaces = replaces;
   if (urgency != Urgency::kSpeculative) {
     credit_ = std::max<PageCount>(credit_ - acquire.want, 0);

@@ -69,7 +69,8 @@ struct PoolOptions {
   std::optional<PageCount> max_reserved_pages;
   // Idle pages above the reserve go back after this long; infinite: never.
   absl::Duration idle_decay = absl::Seconds(30);
-  // How long a running request's miss may wait inside Alloc.
+  // How long a running request's miss may wait inside Alloc for others to give;
+  // what the broker has granted within that time is waited for, up to a second.
   absl::Duration running_miss_wait = absl::Milliseconds(2);
   // How long the broker may take to answer a wish with a refusal.
   absl::Duration claim_deadline = absl::Seconds(10);
@@ -113,8 +114,10 @@ class Pool {
   // ---- the engine's side ----
 
   // Fills `out`, or returns false and takes none. A running request's miss may
-  // wait for running_miss_wait; a waiting one's leaves its wish and returns.
-  // Both wait up to a second for memory that the broker has promised.
+  // wait for running_miss_wait, which is the broker's deadline; a waiting one's
+  // leaves its wish and returns. Both wait up to a second for memory that the
+  // broker has promised, the first also for its answer, unless it kept the last
+  // one waiting for that long.
   bool Alloc(absl::Span<BlockId> out, Urgency urgency);
   // As Alloc, of what is mapped only: waits for nothing and leaves no wish.
   bool TryAlloc(absl::Span<BlockId> out);
@@ -327,6 +330,7 @@ class Pool {
 
   Wish wishes_[2] ABSL_GUARDED_BY(mu_);
   int missing_ ABSL_GUARDED_BY(mu_) = 0;  // threads that wait in Alloc
+  bool slow_broker_ ABSL_GUARDED_BY(mu_) = false;  // owes a running miss an answer
   std::vector<Question> questions_ ABSL_GUARDED_BY(mu_);
   PageCount arriving_ ABSL_GUARDED_BY(mu_) = 0;  // granted, being mapped
   PageCount credit_ ABSL_GUARDED_BY(mu_) = 0;
