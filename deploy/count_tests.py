@@ -2,6 +2,7 @@
 
 usage: count_tests.py bazel EVENTS.json   a `--build_event_json_file`
        count_tests.py unittest LOG        what `python3 -m unittest` printed
+       count_tests.py summary LOG         of a script that ends with "N passed, N failed"
 """
 
 from __future__ import annotations
@@ -79,8 +80,15 @@ def count_unittest(log: Path) -> tuple[int, int]:
     return max(0, int(ran.group(1)) - failed - of("skipped")), failed
 
 
+def count_summary(log: Path) -> tuple[int, int]:
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+    summary = re.fullmatch(r"(\d+) passed, (\d+) failed", lines[-2] if len(lines) > 1 else "")
+    # One that did not get to its end has failed.
+    return (int(summary.group(1)), int(summary.group(2))) if summary else (0, 1)
+
+
 def main(arguments: list[str]) -> int:
-    counters = {"bazel": count_bazel, "unittest": count_unittest}
+    counters = {"bazel": count_bazel, "unittest": count_unittest, "summary": count_summary}
     if len(arguments) != 2 or arguments[0] not in counters:
         print(__doc__, file=sys.stderr)
         return 2

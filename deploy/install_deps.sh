@@ -38,6 +38,10 @@ readonly PACKAGES=(
   patchelf
   procps
   python3
+  # The Python package: a wheel, and an environment to try it in.
+  python3-setuptools
+  python3-venv
+  python3-wheel
 )
 
 usage() {

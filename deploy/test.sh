@@ -13,9 +13,11 @@ Installs what is missing (as root), then runs one after the other
            and a check that exactly the others have the tag no_tsan
   clang    a build of everything with -Wthread-safety as an error
   python   the *_test.py files under deploy/, when there are any
+  wheel    the Python package, as a wheel for this machine in an environment of
+           its own; by the system's Python, without network
 and ends with the line "N passed, N failed": test cases summed over the stages;
 a build that fails counts as one failure. Exits 1 when anything failed.
-  --quick  only plain and python
+  --quick  only plain, python and wheel
 EOF
 }
 
@@ -162,6 +164,22 @@ python_tests() {
   done < <(find deploy -name '*_test.py' -printf '%h\n' | sort -u)
 }
 
+# What plain has built, packed; all Pythons and torch: deploy/packaging/test_wheel.sh.
+wheel_tests() {
+  local log="${work}/wheel.log" stage_passed stage_failed
+  say wheel "deploy/packaging/build_wheel.sh --unaudited, then test_wheel.sh"
+  {
+    bazel build --show_result=0 "${bazel_flags[@]}" //engine_patches/native:_C.abi3.so \
+      //broker/server:kvbrokerd //client/cli:kvctl \
+      //tests/fake_cuda:libfake_cuda.so </dev/null &&
+      deploy/packaging/build_wheel.sh "${work}/wheel" --unaudited --no-install \
+        --bin "$(bazel info bazel-bin </dev/null 2>/dev/null)" &&
+      deploy/packaging/test_wheel.sh "${work}"/wheel/*.whl /usr/bin/python3
+  } 2>&1 | tee "${log}" || true
+  read -r stage_passed stage_failed < <(python3 deploy/count_tests.py summary "${log}")
+  count wheel "${stage_passed}" "${stage_failed}"
+}
+
 bazel_test plain
 if ! "${quick}"; then
   mapfile -t run_flags < <(sanitizer_flags)
@@ -171,6 +189,7 @@ if ! "${quick}"; then
   clang_build
 fi
 python_tests
+wheel_tests
 
 # A run that tested nothing is no success.
 ((passed > 0)) || failed=$((failed + 1))

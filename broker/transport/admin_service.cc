@@ -101,7 +101,12 @@ class AdminService final : public v1::Admin::CallbackService {
       return absl::InvalidArgumentError("name must not be empty");
     }
     if (options_.admission.IsAdministrator(caller)) {
-      return InstanceSelector{.name = name, .tenant = tenant};
+      // A name that nobody has yet is to be the administrator's own, unless it
+      // says whose.
+      if (!create || !tenant.empty() || Exists(name)) {
+        return InstanceSelector{.name = name, .tenant = tenant};
+      }
+      return InstanceSelector{.name = name, .tenant = caller.tenant};
     }
     if (!tenant.empty() && tenant != caller.tenant) return NotYours(name);
     bool anothers = false;
@@ -118,6 +123,14 @@ class AdminService final : public v1::Admin::CallbackService {
       if (!create) return NoSuchInstance(name, existing);
     }
     return InstanceSelector{.name = name, .tenant = caller.tenant};
+  }
+
+  // Whether any tenant has an instance of this name.
+  bool Exists(const std::string& name) const {
+    for (const InstanceStatus& instance : options_.core->Snapshot().instances) {
+      if (instance.name == name) return true;
+    }
+    return false;
   }
 
   absl::Status DoList(const PeerIdentity& caller,

@@ -525,7 +525,10 @@ void Pool::Changed() {
   if (!dirty_) {
     dirty_ = idle_pages() - reported_guarded_ != reported_.idle ||
              static_cast<PageCount>(table_.pages(PageTier::kCached)) !=
-                 reported_.cached;
+                 reported_.cached ||
+             // A page can go from its grant straight into use.
+             static_cast<PageCount>(table_.pages(PageState::kBacked)) !=
+                 reported_.in_use + reported_.idle + reported_.cached;
     wake |= dirty_;
   }
   if (took_blocks_ && !ahead_told_ && options_.map_ahead &&

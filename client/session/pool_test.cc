@@ -912,6 +912,22 @@ TEST_F(PoolTest, ReportsCarryTheTiersAndAreCoalesced) {
   EXPECT_THAT(session_.Take<Report>(), IsEmpty());  // nothing changed
 }
 
+TEST_F(PoolTest, APageThatIsInUseAsItComesIsReported) {
+  PoolOptions options = QuietOptions();
+  options.reserve_null_block = true;
+  Make(options);
+  EXPECT_FALSE(Alloc(1));
+  pool_->Work();
+  Acquire asked = session_.TakeOnly<Acquire>();
+  Grant(asked);  // of which the null block takes one at once
+  session_.TakeWakes();
+  ASSERT_TRUE(Alloc(1));
+  pool_->Work();
+  Report report = session_.TakeOnly<Report>();
+  EXPECT_EQ(report.in_use, 1);
+  EXPECT_EQ(report.idle, 0);
+}
+
 // ---- reclaims ----
 
 TEST_F(PoolTest, IdleIsAnsweredFinally) {

@@ -51,6 +51,16 @@ exits 1 "$KVCTL" --address "$WORK/nowhere" list
 exits 1 kvctl policy coder --min 60M
 grep -qi "guaranteed" "$WORK/stderr" || fail "min above capacity: unclear"
 
+# A limit for an engine that comes later, by whom it is set.
+exits 1 kvctl limit later 8,000,000
+kvctl limit later 8,000,000 --preset >/dev/null || fail "preset is refused"
+start_replay later --trace builtin:conv
+LATER=$LAST
+eventually 30 at_least later held_bytes 1 || fail "later gets nothing"
+[ "$(field later limit_bytes)" = 8000000 ] || fail "the preset is not its limit"
+at_most later held_bytes 8000000 || fail "later has more than its preset"
+kill -9 "$LATER"
+
 # An operator's limit outlives the process; then it can be forgotten.
 kill -9 "${CHILDREN[1]}"
 eventually 10 at_most chat held_bytes 0 || fail "a killed engine keeps memory"
