@@ -556,6 +556,14 @@ void kvb_session_limits(kvb_session* session, kvb_limits* limits) noexcept {
                 .capacity_bytes = Count(opened.capacity)});
 }
 
+void kvb_session_pause(kvb_session* session) noexcept {
+  session->session->Pause();
+}
+
+void kvb_session_resume(kvb_session* session) noexcept {
+  session->session->Unpause();
+}
+
 kvb_code kvb_session_make_room(kvb_session* session, uint64_t declared_peak,
                                int64_t timeout_ms, char** error) noexcept {
   return Guarded(error, [&] {

@@ -276,6 +276,12 @@ const char* kvb_session_joined_pids(const kvb_session* session) KVB_NOEXCEPT;
  * so: no page comes or goes, and the process has to be restarted. */
 kvb_code kvb_session_health(kvb_session* session, char** error) KVB_NOEXCEPT;
 void kvb_session_limits(kvb_session* session, kvb_limits* limits) KVB_NOEXCEPT;
+/* Between the two no page comes or goes, and nothing that the broker says is heard:
+ * around the capture of a CUDA graph, which page work in another thread would
+ * invalidate. kvb_session_pause waits for what is under way. They nest; who resumes
+ * has paused. */
+void kvb_session_pause(kvb_session* session) KVB_NOEXCEPT;
+void kvb_session_resume(kvb_session* session) KVB_NOEXCEPT;
 /* What the process needs of the device at its peak besides the pools, from now on:
  * before it loads weights, or when it needs less. Waits until that much is there.
  * KVB_UNAVAILABLE: it is not within the time, and `error` names the holders. */

@@ -274,6 +274,10 @@ bool Session::IsForAnyThread(const Event& event) {
 void Session::WorkHere() {
   // A thread that sleeps takes longer to wake than most of this work takes.
   if (!work_mu_.TryLock()) return Wake();
+  if (paused_ > 0) {
+    work_mu_.Unlock();
+    return Wake();  // Unpause has it done, or Close
+  }
   absl::Time due = absl::InfiniteFuture();
   bool worked = false, left = false;
   while (true) {
@@ -345,6 +349,7 @@ absl::Time Session::RunOnce() {
     std::deque<Event> events;
     {
       MutexLock lock(&mu_);
+      if (paused_ > 0 && !closing_) return absl::InfiniteFuture();
       events.swap(events_);
     }
     if (events.empty()) break;
@@ -369,6 +374,19 @@ absl::Time Session::RunOnce() {
   MutexLock lock(&mu_);
   pools_left_ = left;
   return due;
+}
+
+void Session::Pause() {
+  MutexLock work(&work_mu_);
+  ++paused_;
+}
+
+void Session::Unpause() {
+  {
+    MutexLock work(&work_mu_);
+    --paused_;
+  }
+  Wake();
 }
 
 absl::Status Session::MakeRoom(Bytes declared_peak, absl::Duration timeout) {

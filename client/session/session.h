@@ -132,6 +132,11 @@ class Session : public PoolSession, public LinkListener {
   // Whether the instance's limit is `max`, within `timeout`: the broker tells of
   // what somebody sets.
   bool AwaitMax(Bytes max, absl::Duration timeout);
+  // Between the two no page comes or goes, and nothing that the broker says is
+  // heard; Pause waits for what is under way. For the capture of a graph, which
+  // page work would break. Nests; Close ends it.
+  void Pause();
+  void Unpause();
   // OK while the session is open, else why it is not. It may come back where it
   // is UNAVAILABLE.
   absl::Status health();
@@ -232,6 +237,7 @@ class Session : public PoolSession, public LinkListener {
   std::map<PoolId, Pool*> pool_by_id_;
   std::map<GrantId, Incoming> incoming_;
   std::deque<GrantId> delivered_;  // lately: what comes again is dropped
+  int paused_ = 0;
   uint64_t limit_revision_ = 0;
   // AWAY, and since when RESUMING waits for Opened.
   bool away_ = false;

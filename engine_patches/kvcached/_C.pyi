@@ -111,6 +111,13 @@ class Session:
         """min, max, and what the device has to lend, in bytes."""
     def set_max(self, limit: int) -> None:
         """An operator's limit for the whole instance; in force when it returns."""
+    def pause(self) -> None:
+        """No page comes or goes until resume(); waits for what is under way.
+
+        Around the capture of a CUDA graph, which page work would invalidate. Nests.
+        """
+    def resume(self) -> None:
+        """FAILED_PRECONDITION: it is not paused."""
     def make_room(self, declared_peak: int, timeout_ms: int) -> None: ...
     def close(self) -> None:
         """Idempotent. Waits for calls in other threads, and up to a second for

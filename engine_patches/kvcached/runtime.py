@@ -24,12 +24,13 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 import threading
 import time
 import weakref
 from typing import TYPE_CHECKING, Any, Callable
 
-from kvcached import config, programs
+from kvcached import config, graphs, programs
 from kvcached.errors import ForkedError, KVCachedConfigError, KVCachePoolExhausted
 from kvcached.log import get_kvcached_logger
 from kvcached.tensors import PoolLayout, flat_bytes
@@ -408,6 +409,8 @@ class Runtime:
                 check_manager_fits(group_id, layout, manager)
             group = self.open_group(group_id, layout)
             group.has_tensors = True
+            if group.session.device >= 0:
+                graphs.watch(self._gpu_sessions)
             if manager is not None and not manager.attached:
                 self._attach(manager, group)
             return group
@@ -513,7 +516,12 @@ class Runtime:
         if session.device >= 0:
             # Whoever knows which streams touch the pool names them instead.
             session.pool(0).add_stream(_C.ALL_STREAMS)
+            if "torch" in sys.modules:
+                graphs.watch(self._gpu_sessions)
         return session
+
+    def _gpu_sessions(self) -> list[_C.Session]:
+        return [group.session for group in self.groups() if group.session.device >= 0]
 
     # ---- managers ----
 

@@ -17,6 +17,7 @@ struct SessionState {
   std::mutex mu;
   std::condition_variable left;
   int visits = 0;
+  int pauses = 0;  // under the GIL
 };
 
 }  // namespace kvbroker::python

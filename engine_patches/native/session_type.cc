@@ -362,6 +362,35 @@ PyObject* SetMax(PyObject* self, PyObject* argument) {
   Py_RETURN_NONE;
 }
 
+PyObject* Pause(PyObject* self, PyObject*) {
+  SessionState& state = *As(self)->state;
+  if (!CheckUsable(state)) return nullptr;
+  kvb_session* const session = state.session;
+  {
+    Visit visit(state);
+    WithoutGil without;
+    kvb_session_pause(session);
+  }
+  ++state.pauses;
+  Py_RETURN_NONE;
+}
+
+PyObject* Resume(PyObject* self, PyObject*) {
+  SessionState& state = *As(self)->state;
+  if (!CheckUsable(state)) return nullptr;
+  if (state.pauses == 0) {
+    return Raise(KVB_FAILED_PRECONDITION, "the session is not paused");
+  }
+  --state.pauses;
+  kvb_session* const session = state.session;
+  {
+    Visit visit(state);
+    WithoutGil without;
+    kvb_session_resume(session);
+  }
+  Py_RETURN_NONE;
+}
+
 PyObject* MakeRoom(PyObject* self, PyObject* args, PyObject* keywords) {
   static const char* kNames[] = {"declared_peak", "timeout_ms", nullptr};
   long long peak, timeout;
@@ -449,6 +478,8 @@ PyObject* MakeSessionType() {
       {"health", Health, METH_NOARGS, "(0, '') or (code, why)"},
       {"limits", Limits, METH_NOARGS, "(min, max, capacity) in bytes"},
       {"set_max", SetMax, METH_O, "set_max(bytes): the instance's limit"},
+      {"pause", Pause, METH_NOARGS, "no page comes or goes until resume"},
+      {"resume", Resume, METH_NOARGS, "ends a pause"},
       {"make_room", WithKeywords(MakeRoom), METH_VARARGS | METH_KEYWORDS,
        "make_room(declared_peak, timeout_ms)"},
       {"close", Close, METH_NOARGS, "unmaps and returns everything"},

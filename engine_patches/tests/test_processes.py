@@ -11,7 +11,7 @@ import tempfile
 import textwrap
 from pathlib import Path
 
-from broker import TIMEOUT_S, BrokerTest, eventually
+from broker import DEVICE, TIMEOUT_S, BrokerTest, eventually
 
 from kvcached import control
 from kvcached.errors import ForkedError
@@ -120,7 +120,7 @@ class End(Processes):
                         assert "init_kvcached()" in str(error), error
                     else:
                         raise AssertionError("works after shutdown")
-                vllm.init_kvcached(device="cpu")
+                vllm.init_kvcached(device=DEVICE)
             """
         )
 
@@ -151,7 +151,7 @@ class End(Processes):
         self.assertEqual(process.stdout.readline(), "ready\n")
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        vllm.init_kvcached(device="cpu")
+        vllm.init_kvcached(device=DEVICE)
         take(KVCacheManager(1000, 16, CELL, 2), 60)
 
     def test_the_name_is_free_for_the_next_process(self) -> None:
@@ -224,7 +224,7 @@ class Forks(Processes):
         return text
 
     def test_after_a_pool_was_opened_each_call_says_what_to_do(self) -> None:
-        vllm.init_kvcached(device="cpu")
+        vllm.init_kvcached(device=DEVICE)
         mine = KVCacheManager(1000, 16, CELL, 2)
         blocks = take(mine, 3)
 
@@ -335,7 +335,7 @@ class Together(Processes):
         self.assertTrue(eventually(self.nobody_holds_anything))
 
     def test_what_one_does_not_use_the_other_gets(self) -> None:
-        vllm.init_kvcached(device="cpu")
+        vllm.init_kvcached(device=DEVICE)
         mine = KVCacheManager(1000, 16, CELL, 2)
         mine.free(take(mine, 90))
         other = start(
@@ -407,7 +407,7 @@ class Brokers(Processes):
 
     def test_a_broker_that_comes_back(self) -> None:
         self.assertEqual(control.state(), "starting")
-        vllm.init_kvcached(device="cpu")
+        vllm.init_kvcached(device=DEVICE)
         mine = KVCacheManager(1000, 16, CELL, 2)
         blocks = take(mine, 10)
         self.assertTrue(control.wait_ready(TIMEOUT_S))
