@@ -10,6 +10,7 @@
 #include <cstring>
 #include <exception>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -667,6 +668,12 @@ kvb_code kvb_pool_cache(kvb_pool* pool, const int32_t* blocks, size_t count,
   return Guarded(error, [&] {
     return Unwrap(pool).Cache(absl::MakeConstSpan(blocks, count));
   });
+}
+
+void kvb_pool_set_max_cached(kvb_pool* pool, int64_t blocks) noexcept {
+  Unwrap(pool).SetMaxCached(
+      blocks < 0 ? std::nullopt
+                 : std::make_optional(static_cast<size_t>(blocks)));
 }
 
 int kvb_pool_touch(kvb_pool* pool, const int32_t* blocks,

@@ -328,6 +328,9 @@ kvb_code kvb_pool_free(kvb_pool* pool, const int32_t* blocks, size_t count,
 /* As free, but the contents stay until the memory is needed. */
 kvb_code kvb_pool_cache(kvb_pool* pool, const int32_t* blocks, size_t count,
                         char** error) KVB_NOEXCEPT;
+/* At most so many blocks are cached, the least recently used go first; -1, the
+ * default: as many as there is memory for. */
+void kvb_pool_set_max_cached(kvb_pool* pool, int64_t blocks) KVB_NOEXCEPT;
 /* 1 and all in use again, if each still has the content of its generation. */
 int kvb_pool_touch(kvb_pool* pool, const int32_t* blocks,
                    const uint32_t* generations, size_t count) KVB_NOEXCEPT;

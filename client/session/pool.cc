@@ -289,9 +289,19 @@ absl::Status Pool::Cache(absl::Span<const BlockId> blocks) {
   MutexLock lock(&mu_);
   table_.SetNow(clock_.Now());
   absl::Status cached = table_.Cache(blocks, scheduled_);
+  if (max_cached_) table_.TrimCached(*max_cached_);
   if (missing_ > 0) memory_came_.SignalAll();
   Changed();
   return cached;
+}
+
+void Pool::SetMaxCached(std::optional<size_t> blocks) {
+  MutexLock lock(&mu_);
+  max_cached_ = blocks;
+  table_.SetNow(clock_.Now());
+  if (max_cached_) table_.TrimCached(*max_cached_);
+  if (missing_ > 0) memory_came_.SignalAll();
+  Changed();
 }
 
 bool Pool::Touch(absl::Span<const BlockId> blocks,

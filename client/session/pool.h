@@ -137,6 +137,9 @@ class Pool {
   absl::Status Cache(absl::Span<const BlockId> blocks);
   bool Touch(absl::Span<const BlockId> blocks,
              absl::Span<const BlockGeneration> generations);
+  // At most so many blocks are cached: the least recently used go first. Absent,
+  // the default: as many as there is memory for.
+  void SetMaxCached(std::optional<size_t> blocks);
   // 0 for no block of the pool.
   BlockGeneration generation(BlockId block);
   // kUnbacked for no block of the pool.
@@ -351,6 +354,7 @@ class Pool {
   absl::Time ahead_asked_at_ ABSL_GUARDED_BY(mu_) = absl::InfinitePast();
   absl::Time ahead_after_ ABSL_GUARDED_BY(mu_) = absl::InfinitePast();
 
+  std::optional<size_t> max_cached_ ABSL_GUARDED_BY(mu_);
   // Grow when polled: looks since the last block was taken, and whether that was
   // often enough to grow.
   int polls_ ABSL_GUARDED_BY(mu_) = 0;

@@ -186,6 +186,26 @@ TEST_F(PoolBlocksTest, BlocksAreSetWhileThereIsNoPage) {
   EXPECT_TRUE(pool_->SetBlocks(KiB(8), 5, true).ok());
 }
 
+TEST_F(PoolBlocksTest, NoMoreIsCachedThanMayBe) {
+  Make();
+  StartAllocAt({0, 1, 2, 3});
+  Grant(session_.Await<Acquire>());
+  ASSERT_TRUE(*FinishAllocAt());
+  pool_->SetMaxCached(2);
+  ASSERT_TRUE(pool_->Cache(std::vector<BlockId>{0, 1, 2}).ok());
+  EXPECT_EQ(pool_->block_state(0), BlockState::kFree);
+  EXPECT_EQ(pool_->block_state(1), BlockState::kCached);
+  EXPECT_EQ(pool_->block_state(2), BlockState::kCached);
+  std::vector<BlockRemoval> removals(4);
+  ASSERT_EQ(pool_->DrainRemovals(absl::MakeSpan(removals)), 1u);
+  EXPECT_EQ(removals[0].block, 0);
+  pool_->SetMaxCached(0);
+  EXPECT_EQ(pool_->block_state(2), BlockState::kFree);
+  pool_->SetMaxCached(std::nullopt);
+  ASSERT_TRUE(pool_->Cache(std::vector<BlockId>{3}).ok());
+  EXPECT_EQ(pool_->block_state(3), BlockState::kCached);
+}
+
 TEST_F(PoolBlocksTest, TryAllocLeavesNoWish) {
   Make();
   std::vector<BlockId> blocks(3);

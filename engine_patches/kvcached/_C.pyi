@@ -137,6 +137,8 @@ class Pool:
         """All or none; INVALID_ARGUMENT names the one that is not in use."""
     def cache(self, blocks: Sequence[int]) -> None:
         """As free, but contents stay until the memory is needed."""
+    def set_max_cached(self, blocks: int) -> None:
+        """At most so many are cached, least recently used first; below 0: no limit."""
     def touch(self, blocks: Sequence[int], generations: Sequence[int]) -> bool:
         """All in use again, if each still has the content of its generation."""
     def generations(self, blocks: Sequence[int]) -> List[int]: ...

@@ -73,6 +73,7 @@ class KVCacheManager:
         self.layout.check()
         self.num_blocks = num_blocks
         self.block_mem_size = self.layout.unit_bytes
+        self._block_tokens = block_size
         self.num_layers = num_layers
         self.num_kv_buffers = num_kv_buffers
         self.reserve_null_block = reserve_null_block
@@ -109,6 +110,10 @@ class KVCacheManager:
 
         self._group = group
         self._running = _C.RUNNING
+        tokens = runtime.settings.max_cached_tokens
+        group.pool.set_max_cached(
+            -1 if tokens is None or tokens < 0 else tokens // self._block_tokens
+        )
         self._call(group.pool.alloc, group.pool.free, group.pool.available)
 
     def end(self, error: RuntimeError) -> None:

@@ -111,6 +111,14 @@ PyObject* Cache(PyObject* self, PyObject* blocks) {
   return Give(self, blocks, kvb_pool_cache);
 }
 
+PyObject* SetMaxCached(PyObject* self, PyObject* argument) {
+  const long long blocks = PyLong_AsLongLong(argument);
+  if (blocks == -1 && PyErr_Occurred() != nullptr) return nullptr;
+  if (!Usable(self)) return nullptr;
+  kvb_pool_set_max_cached(As(self)->pool, blocks);
+  Py_RETURN_NONE;
+}
+
 PyObject* Touch(PyObject* self, PyObject* args, PyObject* keywords) {
   static const char* kNames[] = {"blocks", "generations", nullptr};
   PyObject* ids;
@@ -407,6 +415,8 @@ PyObject* MakePoolType() {
        "alloc_at(blocks, timeout_ms): exactly these blocks"},
       {"free", Free, METH_O, "free(blocks)"},
       {"cache", Cache, METH_O, "cache(blocks): free them, keeping contents"},
+      {"set_max_cached", SetMaxCached, METH_O,
+       "set_max_cached(blocks): -1 for no limit"},
       {"touch", WithKeywords(Touch), METH_VARARGS | METH_KEYWORDS,
        "touch(blocks, generations): in use again, if nothing was lost"},
       {"generations", Generations, METH_O, "generations(blocks)"},

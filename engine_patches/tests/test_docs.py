@@ -13,6 +13,7 @@ import unittest
 from pathlib import Path
 
 from broker import TIMEOUT_S, BrokerTest
+
 from kvcached import config
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "api"

@@ -164,6 +164,20 @@ class Blocks(BrokerTest):
         mine.trim()
         self.assertTrue(eventually(lambda: mine.pool.usage()[2] == 0))
 
+    def test_no_more_prefixes_are_kept_than_the_environment_says(self) -> None:
+        from kvcached import _C
+
+        for tokens, kept in (("40", 2), ("0", 0), ("-1", 5)):
+            vllm.shutdown_kvcached()
+            self.setenv(KVCACHED_MAX_CACHED_TOKENS=tokens)
+            vllm.init_kvcached(device="cpu")
+            mine = manager()
+            blocks = take(mine, 5)
+            mine.pool.cache(blocks)
+            with self.subTest(tokens=tokens):
+                states = [mine.pool.state(block) for block in blocks]
+                self.assertEqual(states, [_C.FREE] * (5 - kept) + [_C.CACHED] * kept)
+
     def test_clear_frees_everything(self) -> None:
         mine = manager(reserve_null_block=True)
         pool = mine.pool

@@ -20,9 +20,7 @@ import unittest
 import torch
 from broker import DEVICE, TIMEOUT_S, BrokerTest, eventually
 
-from kvcached import _C
 from kvcached.integration.vllm import interfaces as vllm
-from kvcached.kv_cache_manager import KVCacheManager
 
 BLOCKS = int(os.environ.get("KVCACHED_TEST_BLOCKS", "2000"))
 LAYERS = 2
@@ -208,7 +206,7 @@ class Reclaim(WithNeighbour):
         rounds = int(neighbour.line())
         print(
             f"\n  {wrote} blocks written, {missed} allocs without memory; cached prefixes: {hits} "
-            f"found, {lost} taken; the neighbour took memory {rounds} times; wrong elements: {wrong}"
+            f"found, {lost} taken; the neighbour took memory {rounds} times; wrong: {wrong}"
         )
         self.assertEqual(wrong, 0)
         self.assertGreater(hits, 0)
@@ -259,7 +257,7 @@ class StandingStill(WithNeighbour):
             cache.manager.free(still)
             cache.numbers.clear()
         print(
-            f"\n  {len(times)} times {2 * PAGE_BYTES >> 20} MiB of cached pages from a process that "
+            f"\n  {len(times)} times {2 * PAGE_BYTES >> 20} MiB of cached pages from who "
             f"holds its GIL: p50 {statistics.median(times):.2f} ms, most {max(times):.2f} ms"
         )
 
