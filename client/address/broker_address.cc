@@ -67,17 +67,6 @@ absl::StatusOr<std::vector<BrokerAddress>> ReadDirectory(
   return found;
 }
 
-// In /tmp anybody can make a directory of the name we look for.
-absl::Status CheckOwner(const std::string& directory) {
-  struct stat info;
-  if (stat(directory.c_str(), &info) != 0) return absl::OkStatus();
-  if (info.st_uid == geteuid() || info.st_uid == 0) return absl::OkStatus();
-  return absl::PermissionDeniedError(
-      absl::StrCat("the per-user socket directory belongs to another user, set "
-                   "KVBROKER_ADDRESS or remove it: ",
-                   directory, " (uid ", info.st_uid, ")"));
-}
-
 absl::StatusOr<std::vector<BrokerAddress>> SearchDefaultDirectories(
     const AddressOptions& options) {
   std::vector<std::string> looked;
@@ -85,7 +74,7 @@ absl::StatusOr<std::vector<BrokerAddress>> SearchDefaultDirectories(
   for (const std::string* directory :
        {&options.system_directory, &options.user_directory}) {
     if (directory == &options.user_directory) {
-      RETURN_IF_ERROR(CheckOwner(*directory));
+      RETURN_IF_ERROR(CheckPrivateDirectory(*directory));
     }
     absl::StatusOr<std::vector<BrokerAddress>> found =
         ReadDirectory(*directory);
@@ -215,6 +204,22 @@ bool SomebodyListens(const BrokerAddress& address) {
   return connect(fd.get(), reinterpret_cast<const sockaddr*>(&name),
                  sizeof(name)) == 0 ||
          (errno != ECONNREFUSED && errno != ENOENT);
+}
+
+absl::Status CheckPrivateDirectory(const std::string& directory) {
+  struct stat info;
+  if (lstat(directory.c_str(), &info) != 0) return absl::OkStatus();
+  const bool ours = info.st_uid == geteuid() || info.st_uid == 0;
+  if (ours && S_ISDIR(info.st_mode) && (info.st_mode & S_IWOTH) == 0) {
+    return absl::OkStatus();
+  }
+  return absl::PermissionDeniedError(absl::StrCat(
+      "the socket directory ",
+      !ours                   ? "belongs to another user"
+      : S_ISDIR(info.st_mode) ? "can be written to by all"
+                              : "is a link or a file",
+      ", set KVBROKER_ADDRESS or remove it: ", directory, " (uid ", info.st_uid,
+      ")"));
 }
 
 std::string SystemSocketDirectory() { return "/run/kvbroker"; }

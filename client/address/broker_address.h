@@ -49,6 +49,11 @@ std::string SystemSocketDirectory();
 // where there is that directory, else `/tmp/kvbroker-<uid>`.
 std::string UserSocketDirectory(EnvironmentLookup environment);
 
+// That nobody but this user and root can put sockets into the directory, or a
+// link in its place: in /tmp anybody can make one of the name we look for.
+// PERMISSION_DENIED says why not. OK where there is none.
+absl::Status CheckPrivateDirectory(const std::string& directory);
+
 // Whether the device is called as GPUs are (GPU-...).
 bool IsGpu(std::string_view device_uuid);
 

@@ -143,6 +143,11 @@ BrokerStarter::BrokerStarter(Options options, Clock& clock)
       environment_(EnvironmentToPassOn()) {}
 
 absl::Status BrokerStarter::Step() {
+  MutexLock lock(&mu_);
+  return StepLocked();
+}
+
+absl::Status BrokerStarter::StepLocked() {
   if (starting_ == 0) {
     if (clock_.Now() < next_) return last_;
     last_ = Begin();
@@ -173,13 +178,19 @@ absl::Status BrokerStarter::Step() {
 }
 
 void BrokerStarter::Forget() {
+  MutexLock lock(&mu_);
   if (starting_ == 0) return;
   last_ = absl::UnavailableError("a broker has been started just now");
-  // Nobody else would take its first process off this one's hands.
-  std::thread([first = std::exchange(starting_, 0)] {
-    while (waitpid(first, nullptr, 0) < 0 && errno == EINTR) {
-    }
-  }).detach();
+  const pid_t first = std::exchange(starting_, 0);
+  try {
+    // Nobody else would take its first process off this one's hands.
+    std::thread([first] {
+      while (waitpid(first, nullptr, 0) < 0 && errno == EINTR) {
+      }
+    }).detach();
+  } catch (const std::system_error&) {
+    // No thread can be had: it is left for whoever waits for children.
+  }
 }
 
 absl::Status BrokerStarter::Begin() {

@@ -31,10 +31,12 @@
 #include <string>
 #include <vector>
 
+#include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "broker/base/clock.h"
+#include "broker/base/mutex.h"
 #include "broker/base/unique_fd.h"
 #include "client/address/broker_address.h"
 
@@ -65,23 +67,30 @@ class BrokerStarter {
   void Forget();
 
   // Where the one that has the device says that it listens; empty: not known.
-  const std::string& holder_socket() const { return holder_socket_; }
+  std::string holder_socket() const {
+    MutexLock lock(&mu_);
+    return holder_socket_;
+  }
 
  private:
-  absl::Status Begin();
+  absl::Status StepLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  absl::Status Begin() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Of the process that ended with `status`, as of waitpid.
-  absl::Status Ended(int status);
+  absl::Status Ended(int status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
   const Options options_;
   Clock& clock_;
   std::vector<std::string> environment_;
-  pid_t starting_ = 0;  // kvbrokerd's first process
-  UniqueFd out_, error_;
-  absl::Status last_;
-  std::string holder_socket_;
-  absl::Time began_ = absl::InfinitePast();
-  absl::Time next_ = absl::InfinitePast();
-  absl::Duration pause_;
+  // An opening may be at its end when the session's worker looks for the next.
+  mutable Mutex mu_;
+  // kvbrokerd's first process.
+  pid_t starting_ ABSL_GUARDED_BY(mu_) = 0;
+  UniqueFd out_ ABSL_GUARDED_BY(mu_), error_ ABSL_GUARDED_BY(mu_);
+  absl::Status last_ ABSL_GUARDED_BY(mu_);
+  std::string holder_socket_ ABSL_GUARDED_BY(mu_);
+  absl::Time began_ ABSL_GUARDED_BY(mu_) = absl::InfinitePast();
+  absl::Time next_ ABSL_GUARDED_BY(mu_) = absl::InfinitePast();
+  absl::Duration pause_ ABSL_GUARDED_BY(mu_);
 };
 
 // Whether KVBROKER_AUTOSTART lets brokers be started; it does where it is unset.

@@ -33,6 +33,18 @@ BlockTable::BlockTable(const BlockGeometry& geometry)
   pages_by_state_[static_cast<int>(PageState::kAbsent)] = absent_.size();
 }
 
+void BlockTable::StartGenerationsAfter(BlockGeneration generation) {
+  for (Block& block : blocks_) block.generation = generation + 1;
+}
+
+BlockGeneration BlockTable::latest_generation() const {
+  BlockGeneration latest = 0;
+  for (const Block& block : blocks_) {
+    latest = std::max(latest, block.generation);
+  }
+  return latest;
+}
+
 // ---- Pages come -------------------------------------------------------------
 
 size_t BlockTable::TakeAbsent(absl::Span<PageIndex> out) {

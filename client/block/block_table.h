@@ -80,6 +80,11 @@ class BlockTable {
   BlockTable(BlockTable&&) = default;
   BlockTable& operator=(BlockTable&&) = default;
 
+  // All blocks' generations begin after this one, as if their contents had been
+  // given up once more. REQUIRES: no page is backed.
+  void StartGenerationsAfter(BlockGeneration generation);
+  BlockGeneration latest_generation() const;
+
   // ---- Pages come -----------------------------------------------------------
   // Every Take... fills `out` from the front and answers how many it took.
 

@@ -529,6 +529,11 @@ kvb_code kvb_session_open(const kvb_session_options* options,
   });
 }
 
+void kvb_session_begin_close(kvb_session* session) noexcept {
+  if (session == nullptr || session->owner != getpid()) return;
+  session->session->BeginClose();
+}
+
 void kvb_session_close(kvb_session* session) noexcept {
   // A forked child has neither the threads nor the pages: the parent's stay.
   if (session == nullptr || session->owner != getpid()) return;
@@ -627,6 +632,10 @@ kvb_code kvb_pool_set_blocks(kvb_pool* pool, uint64_t block_bytes,
     return Unwrap(pool).SetBlocks(ToBytes(block_bytes), max_blocks,
                                   reserve_null_block != 0);
   });
+}
+
+size_t kvb_pool_block_ids(kvb_pool* pool) noexcept {
+  return static_cast<size_t>(Unwrap(pool).block_geometry().block_ids());
 }
 
 int kvb_pool_block_state(kvb_pool* pool, int32_t block) noexcept {

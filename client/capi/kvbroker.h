@@ -263,6 +263,9 @@ kvb_code kvb_session_options_add_pool(kvb_session_options* options,
  * admit this user; KVB_INVALID_ARGUMENT names what is wrong. */
 kvb_code kvb_session_open(const kvb_session_options* options,
                           kvb_session** session, char** error) KVB_NOEXCEPT;
+/* Ends what waits in the session and its pools, in whatever thread; they hand out no
+ * block any more. kvb_session_close comes after. NULL is fine. */
+void kvb_session_begin_close(kvb_session* session) KVB_NOEXCEPT;
 /* Unmaps and returns everything; its pools are gone. NULL is fine. */
 void kvb_session_close(kvb_session* session) KVB_NOEXCEPT;
 /* The name in force; differs from the wish where that was another tenant's, or
@@ -336,6 +339,8 @@ int kvb_pool_touch(kvb_pool* pool, const int32_t* blocks,
                    const uint32_t* generations, size_t count) KVB_NOEXCEPT;
 /* Rises each time the block's content is given up. 0 for no block of the pool. */
 uint32_t kvb_pool_generation(kvb_pool* pool, int32_t block) KVB_NOEXCEPT;
+/* Ids are below this, whatever the limits. */
+size_t kvb_pool_block_ids(kvb_pool* pool) KVB_NOEXCEPT;
 /* A kvb_block_state. */
 int kvb_pool_block_state(kvb_pool* pool, int32_t block) KVB_NOEXCEPT;
 /* Blocks in use on the page; 0 where it is not mapped. */

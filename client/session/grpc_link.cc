@@ -4,6 +4,7 @@
 #include <grpcpp/grpcpp.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/un.h>
 
@@ -25,6 +26,27 @@ namespace {
 // What an engine has open, and what may arrive at once.
 constexpr int kDescriptorRoom = 4096;
 
+// Who lends memory can read it: this user, root, or whose directory it is.
+absl::Status CheckPeer(int socket, const std::string& path) {
+  ucred peer{};
+  socklen_t size = sizeof(peer);
+  if (getsockopt(socket, SOL_SOCKET, SO_PEERCRED, &peer, &size) != 0) {
+    return ErrnoToStatus(errno, "SO_PEERCRED");
+  }
+  struct stat info;
+  const std::string directory = path.substr(0, path.rfind('/') + 1);
+  const bool owns_directory =
+      stat(directory.empty() ? "." : directory.c_str(), &info) == 0 &&
+      info.st_uid == peer.uid;
+  if (peer.uid == geteuid() || peer.uid == 0 || owns_directory) {
+    return absl::OkStatus();
+  }
+  return absl::PermissionDeniedError(absl::StrCat(
+      "who serves the broker's socket is neither this user, nor root, nor the "
+      "owner of its directory; uid: ",
+      peer.uid, ", socket: ", path));
+}
+
 absl::StatusOr<UniqueFd> ConnectSocket(const std::string& path,
                                        absl::Duration timeout) {
   sockaddr_un name{};
@@ -44,6 +66,7 @@ absl::StatusOr<UniqueFd> ConnectSocket(const std::string& path,
     return ErrnoToStatus(errno,
                          absl::StrCat("connecting to the broker at ", path));
   }
+  RETURN_IF_ERROR(CheckPeer(socket.get(), path));
   return socket;
 }
 

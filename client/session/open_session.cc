@@ -166,10 +166,10 @@ class Opening {
     // No code of its own: who asked for a session did not ask for a broker.
     taken = absl::FailedPreconditionError(
         absl::StrCat("no broker can be started: ", taken.message()));
-    const std::string& socket = starter_->holder_socket();
+    const std::string socket = starter_->holder_socket();
     if (socket.empty()) return taken;
     struct stat info;
-    if (stat(socket.c_str(), &info) != 0) {
+    if (lstat(socket.c_str(), &info) != 0) {
       again_ = errno != EACCES;  // else it may be about to listen
       return taken;
     }
@@ -178,6 +178,8 @@ class Opening {
       again_ = DirectoryOf(socket) == where_.system_directory;
       return taken;
     }
+    // Anybody can hold the lock and say that it listens there.
+    if (!CheckPrivateDirectory(DirectoryOf(socket)).ok()) return taken;
     absl::StatusOr<BrokerAddress> broker =
         FindBroker({.address = socket}, absl::ZeroDuration());
     if (!broker.ok() || !SomebodyListens(*broker)) return taken;

@@ -164,6 +164,13 @@ absl::StatusOr<bool> Pool::AllocAt(absl::Span<const BlockId> blocks,
       Withdraw(questions);
       return false;
     }
+    if (static_cast<PageCount>(placement.absent.size()) > kMaxPagesPerClaim) {
+      Withdraw(questions);
+      return absl::InvalidArgumentError(
+          absl::StrCat("Blocks are on more pages than can be asked for at once; "
+                       "pages: ",
+                       placement.absent.size(), ", most: ", kMaxPagesPerClaim));
+    }
     if (!placement.absent.empty()) {
       asked.insert(placement.absent.begin(), placement.absent.end());
       questions.push_back(AskFor(std::move(placement.absent), give_up - now));
@@ -270,6 +277,8 @@ absl::Status Pool::SetBlocks(Bytes block_bytes, uint32_t max_blocks,
   }
   table.SetNow(clock_.Now());
   table.CompleteStep(table_.completed_step());
+  // Whoever remembers a block of before does not find it again.
+  table.StartGenerationsAfter(table_.latest_generation());
   table_ = std::move(table);
   return absl::OkStatus();
 }
@@ -421,6 +430,7 @@ bool Pool::Reserve(size_t blocks, absl::Duration timeout) {
 }
 
 PageCount Pool::Trim() {
+  MutexLock one_at_a_time(&trim_mu_);
   MutexLock lock(&mu_);
   if (closed_ || gone_) return 0;
   const absl::Time give_up = absl::Now() + kTrimPatience;
@@ -812,6 +822,7 @@ std::vector<PageName> Pool::Unmap(absl::Span<const PageIndex> pages) {
       gone.push_back({page, table_.page_generation(page)});
     } else {
       KVB_CHECK(table_.KeepBacked(page).ok());
+      if (missing_ > 0) memory_came_.SignalAll();
     }
   }
   return gone;
@@ -1143,7 +1154,10 @@ absl::Time Pool::GrowForPoller(absl::Time now) {
       std::min(max_, capacity_) / options_.geometry.page_bytes());
   const PageCount want = std::min(
       std::max({held, options_.min_reserved_pages, PageCount{1}}), most - held);
-  if (want <= 0) return absl::InfiniteFuture();
+  if (want <= 0) {
+    ahead_after_ = now + kAheadPause;  // at the limit
+    return absl::InfiniteFuture();
+  }
   const size_t before = questions_.size();
   Ask(Urgency::kSpeculative, want, 1, Sequence());
   if (questions_.size() > before) questions_.back().direct = true;

@@ -316,6 +316,7 @@ class Pool {
   PoolSession& session_;
   Clock& clock_;
 
+  Mutex trim_mu_;  // of whoever is in Trim; before mu_
   Mutex mu_;
   CondVar memory_came_;
   PoolId id_ ABSL_GUARDED_BY(mu_);

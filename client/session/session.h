@@ -134,7 +134,8 @@ class Session : public PoolSession, public LinkListener {
   bool AwaitMax(Bytes max, absl::Duration timeout);
   // Between the two no page comes or goes, and nothing that the broker says is
   // heard; Pause waits for what is under way. For the capture of a graph, which
-  // page work would break. Nests; Close ends it.
+  // page work would break. Whatever waits for memory meanwhile waits in vain, up to
+  // its own time. Nests; Close ends it. Not from a callback.
   void Pause();
   void Unpause();
   // OK while the session is open, else why it is not. It may come back where it

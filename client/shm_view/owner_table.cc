@@ -120,6 +120,11 @@ void OwnerTable::ReturnSlot(int slot) {
   own_.erase(slot);
 }
 
+void OwnerTable::AbandonSlot(int slot) {
+  LetGo(file_.get(), LockOf(slot));
+  own_.erase(slot);
+}
+
 bool OwnerTable::Write(int slot, const OwnerRecord& record) {
   return WriteAt(file_.get(), Slot{.taken = 1, .record = record},
                  offsetof(Table, slots) + slot * sizeof(Slot));

@@ -67,6 +67,8 @@ class OwnerTable {
   // Live.
   absl::StatusOr<int> TakeSlot();
   void ReturnSlot(int slot);
+  // The same without the lock: what is in it counts for nothing, as after a kill.
+  void AbandonSlot(int slot);
   bool Write(int slot, const OwnerRecord& record);
 
   // The limit that an owner wrote to the view last; any other in it is not

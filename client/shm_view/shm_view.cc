@@ -75,6 +75,7 @@ void ShmView::RemoveOwner(Owner owner) {
   if (!table_ || slot < 0) return;
   // Without the lock, what is left is the next owner's to take over.
   if (!LockTablePatiently()) {
+    table_->AbandonSlot(slot);
     if (owners_.empty()) {
       file_.reset();
       table_.reset();

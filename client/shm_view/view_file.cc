@@ -56,15 +56,16 @@ absl::Status WriteAt(int file, const void* data, size_t size, off_t offset) {
 }  // namespace
 
 absl::Status CheckViewName(const std::string& name) {
-  bool good = !name.empty() && name.size() <= kMaxNameLength && name != "." &&
-              name != "..";
+  // Names that begin with a dot are those of the tables beside the views.
+  bool good =
+      !name.empty() && name.size() <= kMaxNameLength && name.front() != '.';
   for (char c : name) {
     good = good && (absl::ascii_isalnum(c) || c == '_' || c == '.' || c == '-');
   }
   if (good) return absl::OkStatus();
   return absl::InvalidArgumentError(
       absl::StrCat("no name for a view, 1 to ", kMaxNameLength,
-                   " of A-Z a-z 0-9 _ . - are: \"", name, "\""));
+                   " of A-Z a-z 0-9 _ . - are, no dot first: \"", name, "\""));
 }
 
 absl::StatusOr<ViewFile> ViewFile::Open(int directory, const std::string& name,

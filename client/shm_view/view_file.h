@@ -41,7 +41,7 @@
 namespace kvbroker::client {
 
 // INVALID_ARGUMENT where an instance's name cannot be a view's: 1 to 128 of
-// A-Z a-z 0-9 _ . - and neither "." nor "..".
+// A-Z a-z 0-9 _ . - and no dot first.
 absl::Status CheckViewName(const std::string& name);
 
 class ViewFile {

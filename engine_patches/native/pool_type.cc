@@ -30,6 +30,12 @@ void Dealloc(PyObject* self) {
   Py_DECREF(type);
 }
 
+// Pools are made by their sessions.
+PyObject* RefuseNew(PyTypeObject*, PyObject*, PyObject*) {
+  PyErr_SetString(PyExc_TypeError, "a Pool comes from Session.pool()");
+  return nullptr;
+}
+
 PyObject* Alloc(PyObject* self, PyObject* args, PyObject* keywords) {
   long long count;
   long urgency = KVB_RUNNING;
@@ -50,6 +56,8 @@ PyObject* Alloc(PyObject* self, PyObject* args, PyObject* keywords) {
                         urgency);
   }
   kvb_pool* const pool = As(self)->pool;
+  // More than there are ids can never be, and would only cost memory here.
+  if (static_cast<size_t>(count) > kvb_pool_block_ids(pool)) Py_RETURN_NONE;
   IntArray<int32_t> blocks;
   if (!blocks.Resize(static_cast<Py_ssize_t>(count))) return nullptr;
   bool taken = kvb_pool_try_alloc(pool, blocks.size(), blocks.data());
@@ -77,7 +85,7 @@ PyObject* AllocAt(PyObject* self, PyObject* args, PyObject* keywords) {
     return nullptr;
   }
   IntArray<int32_t> blocks;
-  if (!Usable(self) || !blocks.Read(sequence)) return nullptr;
+  if (!blocks.Read(sequence) || !Usable(self)) return nullptr;
   int taken = 0;
   kvb_code code;
   char* error = nullptr;
@@ -95,7 +103,7 @@ using GiveBack = kvb_code(kvb_pool*, const int32_t*, size_t, char**) noexcept;
 
 PyObject* Give(PyObject* self, PyObject* sequence, GiveBack* give) {
   IntArray<int32_t> blocks;
-  if (!Usable(self) || !blocks.Read(sequence)) return nullptr;
+  if (!blocks.Read(sequence) || !Usable(self)) return nullptr;
   char* error = nullptr;
   const kvb_code code =
       give(As(self)->pool, blocks.data(), blocks.size(), &error);
@@ -130,7 +138,7 @@ PyObject* Touch(PyObject* self, PyObject* args, PyObject* keywords) {
   }
   IntArray<int32_t> blocks;
   IntArray<uint32_t> generations;
-  if (!Usable(self) || !blocks.Read(ids) || !generations.Read(of_when)) {
+  if (!blocks.Read(ids) || !generations.Read(of_when) || !Usable(self)) {
     return nullptr;
   }
   if (blocks.size() != generations.size()) {
@@ -144,8 +152,9 @@ PyObject* Touch(PyObject* self, PyObject* args, PyObject* keywords) {
 PyObject* Generations(PyObject* self, PyObject* sequence) {
   IntArray<int32_t> blocks;
   IntArray<uint32_t> generations;
-  if (!Usable(self) || !blocks.Read(sequence) ||
-      !generations.Resize(static_cast<Py_ssize_t>(blocks.size()))) {
+  if (!blocks.Read(sequence) ||
+      !generations.Resize(static_cast<Py_ssize_t>(blocks.size())) ||
+      !Usable(self)) {
     return nullptr;
   }
   for (size_t i = 0; i < blocks.size(); ++i) {
@@ -168,11 +177,13 @@ long long LimitOf(PyObject* args, PyObject* keywords, const char* format) {
 
 PyObject* DrainRemovals(PyObject* self, PyObject* args, PyObject* keywords) {
   long long limit = LimitOf(args, keywords, "|L:drain_removals");
-  if (limit < 0 || !Usable(self)) return nullptr;
+  if (limit < 0) return nullptr;
   Ref list(PyList_New(0));
   if (list == nullptr) return nullptr;
   kvb_removal removals[64];
   while (limit > 0) {
+    // What is made below may run anything, through the collector.
+    if (!Usable(self)) return nullptr;
     const size_t count = kvb_pool_drain_removals(
         As(self)->pool, removals,
         static_cast<size_t>(std::min<long long>(limit, 64)));
@@ -315,9 +326,10 @@ PyObject* PagesToVacate(PyObject* self, PyObject*) {
 
 PyObject* BlocksToVacate(PyObject* self, PyObject* args, PyObject* keywords) {
   const long long limit = LimitOf(args, keywords, "|L:blocks_to_vacate");
+  if (limit < 0 || !Usable(self)) return nullptr;
   IntArray<int32_t> blocks;
-  if (limit < 0 || !Usable(self) ||
-      !blocks.Resize(static_cast<Py_ssize_t>(limit))) {
+  if (!blocks.Resize(static_cast<Py_ssize_t>(std::min<size_t>(
+          static_cast<size_t>(limit), kvb_pool_block_ids(As(self)->pool))))) {
     return nullptr;
   }
   return ToList(blocks.data(),
@@ -452,6 +464,7 @@ PyObject* MakePoolType() {
       {"address", Address, nullptr, "of the range's first byte", nullptr},
       {nullptr, nullptr, nullptr, nullptr, nullptr}};
   static PyType_Slot slots[] = {
+      {Py_tp_new, reinterpret_cast<void*>(RefuseNew)},
       {Py_tp_dealloc, reinterpret_cast<void*>(Dealloc)},
       {Py_tp_methods, methods},
       {Py_tp_getset, properties},

@@ -13,6 +13,7 @@ struct SessionState {
   // Null before it is open and once it is closed; changes under the GIL.
   kvb_session* session = nullptr;
   int fork_generation = 0;
+  bool initialized = false;  // by Session(...), once
   // Calls that are inside of the library without the GIL.
   std::mutex mu;
   std::condition_variable left;

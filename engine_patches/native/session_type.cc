@@ -247,8 +247,9 @@ PyObject* New(PyTypeObject* type, PyObject*, PyObject*) {
 
 int Init(PyObject* self, PyObject* args, PyObject* keywords) {
   SessionState& state = *As(self)->state;
-  if (state.session != nullptr) {
-    PyErr_SetString(PyExc_RuntimeError, "the session is open already");
+  // Its pools would take another session for theirs.
+  if (std::exchange(state.initialized, true)) {
+    PyErr_SetString(PyExc_RuntimeError, "the session was opened before");
     return -1;
   }
   Options options = ReadOptions(args, keywords);
@@ -264,11 +265,6 @@ int Init(PyObject* self, PyObject* args, PyObject* keywords) {
     RaiseAndFree(code, error);
     return -1;
   }
-  if (state.session != nullptr) {  // Init by two threads
-    WithoutGil without;
-    kvb_session_close(opened);
-    return 0;
-  }
   state.session = opened;
   return 0;
 }
@@ -281,6 +277,7 @@ void CloseState(SessionState& state) {
   // nothing.
   if (state.fork_generation != fork_generation) return;
   WithoutGil without;
+  kvb_session_begin_close(session);
   {
     std::unique_lock lock(state.mu);
     state.left.wait(lock, [&] { return state.visits == 0; });
