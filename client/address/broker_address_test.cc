@@ -75,6 +75,26 @@ class FindBrokersTest : public testing::Test {
   std::vector<UniqueFd> listeners_;
 };
 
+// In /tmp anybody can make what is looked for.
+TEST_F(FindBrokersTest, TheUsersDirectoryIsNobodyElsesToWriteTo) {
+  MakeSocket(user_, "GPU-1");
+  EXPECT_EQ(FoundUuids(), std::vector<std::string>{"GPU-1"});
+  fs::permissions(user_, fs::perms::all);
+  ExpectFailure(absl::StatusCode::kPermissionDenied,
+                "can be written to by all");
+  fs::permissions(user_, fs::perms::owner_all);
+  const std::string real = root_ / "elsewhere";
+  fs::rename(user_, real);
+  fs::create_directory_symlink(real, user_);
+  ExpectFailure(absl::StatusCode::kPermissionDenied, "is a link");
+  fs::remove(user_);
+  if (geteuid() != 0) return;
+  fs::rename(real, user_);
+  ASSERT_EQ(chown(user_.c_str(), 4001, 4001), 0);
+  ExpectFailure(absl::StatusCode::kPermissionDenied,
+                "belongs to another user");
+}
+
 using Uuids = std::vector<std::string>;
 
 TEST(UserSocketDirectoryTest, PrefersTheRuntimeDirectory) {

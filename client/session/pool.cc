@@ -86,10 +86,16 @@ bool Pool::Alloc(absl::Span<BlockId> out, Urgency urgency) {
     if (!give_up) {
       absl::Duration patience =
           running ? options_.running_miss_wait : absl::ZeroDuration();
+      const PageCount asked_for = missing - promised_pages(now);
+      // No memory helps where the range has no slot for it.
+      if (asked_for > absent_slots() + slots_asked_for()) {
+        patience = absl::ZeroDuration();
+      }
       // The broker refuses what it has not decided on within that time; what it
       // has may still be in the making.
-      const bool will_be_told = patience > absl::ZeroDuration() && !slow_broker_;
-      if (missing <= promised_pages(now) || will_be_told) {
+      const bool will_be_told =
+          patience > absl::ZeroDuration() && !slow_broker_;
+      if (asked_for <= 0 || will_be_told) {
         patience = std::max(patience, kPromiseKept);
       }
       give_up = now + patience;
@@ -990,6 +996,14 @@ PageCount Pool::absent_slots() {
     if (!question.credit) absent -= question.want;
   }
   return std::max<PageCount>(absent, 0);
+}
+
+PageCount Pool::slots_asked_for() {
+  PageCount slots = 0;
+  for (const Question& question : questions_) {
+    slots += static_cast<PageCount>(question.pages.size());
+  }
+  return slots;
 }
 
 void Pool::Ask(Urgency urgency, PageCount want, PageCount at_least,

@@ -276,6 +276,8 @@ class Pool {
   }
   // Slots that a question can still be asked for.
   PageCount absent_slots() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Those that questions under way hold.
+  PageCount slots_asked_for() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Puts the granted pages that answer the question into the table, as
   // REQUESTED; which of them those are.
   std::vector<bool> TakeGranted(const Granted& granted,

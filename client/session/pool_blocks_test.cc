@@ -219,6 +219,39 @@ TEST_F(PoolBlocksTest, TryAllocLeavesNoWish) {
   EXPECT_FALSE(pool_->TryAlloc(absl::MakeSpan(blocks).first(1)));
 }
 
+TEST_F(PoolBlocksTest, AFullRangeIsNotWaitedFor) {
+  options_.running_miss_wait = absl::Hours(1);
+  options_.geometry.max_pages = 2;
+  Make();
+  StartAllocAt({0, 1, 2, 3, 4, 5, 6, 7});
+  Grant(session_.Await<Acquire>());
+  ASSERT_TRUE(*FinishAllocAt());
+  std::vector<BlockId> blocks(9);
+  // Would wait for hours.
+  EXPECT_FALSE(pool_->Alloc(absl::MakeSpan(blocks).first(1),
+                            Urgency::kRunning));
+  EXPECT_FALSE(pool_->Alloc(absl::MakeSpan(blocks), Urgency::kRunning));
+}
+
+TEST_F(PoolBlocksTest, GenerationsGoOnWhereBlocksAreSetAnew) {
+  Make();
+  StartAllocAt({0});
+  Grant(session_.Await<Acquire>());
+  ASSERT_TRUE(*FinishAllocAt());
+  const BlockId block = 0;
+  const BlockGeneration before = pool_->generation(block);
+  ASSERT_TRUE(pool_->Cache({&block, 1}).ok());
+  pool_->SetMaxCached(0);  // given up
+  session_.TakeWakes();
+  thread_ = std::thread([&] { pool_->Trim(); });
+  session_.AwaitWake();
+  pool_->Work();
+  thread_.join();
+  ASSERT_TRUE(pool_->SetBlocks(KiB(8), 0, false).ok());
+  EXPECT_GT(pool_->generation(block), before);
+  EXPECT_FALSE(pool_->Touch({&block, 1}, {&before, 1}));
+}
+
 TEST_F(PoolBlocksTest, WhoPollsAndTakesNothingGetsTwiceAsMuchUpToTheLimit) {
   options_.grow_when_polled = true;
   Make();

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -304,6 +305,32 @@ class OnDemandTest(unittest.TestCase):
         self.assertTrue(line.startswith("failed 9 "), line)
         for part in ("uid 0", f"pid {broker}", self.directory, "allow_uids"):
             self.assertIn(part, line)
+
+    @unittest.skipIf(os.geteuid() != 0, "needs root to be two users")
+    def test_who_serves_a_socket_in_anothers_directory_is_no_broker(self) -> None:
+        os.chmod(self.folder, 0o755)
+        theirs = os.path.join(self.folder, "theirs")
+        os.mkdir(theirs)
+        os.chmod(theirs, 0o777)
+        ready, written = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.setuid(4001)
+            kinds = {"sock": socket.SOCK_STREAM, "fd.sock": socket.SOCK_SEQPACKET}
+            listeners = []
+            for name, kind in kinds.items():
+                listeners.append(socket.socket(socket.AF_UNIX, kind))
+                listeners[-1].bind(os.path.join(theirs, f"HOST-x.{name}"))
+                listeners[-1].listen()
+            os.write(written, b"x")
+            signal.pause()
+        self.addCleanup(os.waitpid, child, 0)
+        self.addCleanup(os.kill, child, signal.SIGKILL)
+        os.read(ready, 1)
+        self.environment["KVBROKER_ADDRESS"] = theirs
+        line = self.engine("a").line()
+        self.assertTrue(line.startswith("failed 7 "), line)
+        self.assertIn("uid: 4001", line)
 
     def test_a_gpu_has_one_of_its_own_beside_the_hosts(self) -> None:
         fake = os.path.abspath("tests/fake_cuda/libfake_cuda.so")
