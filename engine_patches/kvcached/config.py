@@ -53,6 +53,11 @@ _SIZE = re.compile(r"(\d+(?:[,_]\d+)*(?:\.\d+)?)\s*(?:B|([KMGT])(?:I?B)?)?", re.
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 # No device is larger.
 _MAX_SIZE = 1 << 52
+_MAX_PAGE_BYTES = 1 << 40
+# Pages and tokens are counted by less than this.
+_COUNT_END = 1 << 31
+_TOKENS_END = 1 << 63
+_MAX_SECONDS = 10 * 365 * 86_400
 
 
 def parse_size(text: str) -> int:
@@ -62,10 +67,10 @@ def parse_size(text: str) -> int:
         raise ValueError(text)
     number = match.group(1).replace(",", "").replace("_", "")
     unit = _UNITS[(match.group(2) or "").upper()]
-    size = int(float(number) * unit) if "." in number else int(number) * unit
+    size = float(number) * unit if "." in number else int(number) * unit
     if size > _MAX_SIZE:
         raise ValueError(text)
-    return size
+    return int(size)
 
 
 def parse_amount(text: str) -> Amount:
@@ -90,12 +95,15 @@ def parse_duration_ms(text: str) -> int | None:
     if not _DURATION.fullmatch(text):
         raise ValueError(text)
     parts = re.findall(r"(\d+(?:\.\d+)?)(ms|us|s|m|h)", text)
-    return int(sum(float(number) * _MILLISECONDS[unit] for number, unit in parts))
+    milliseconds = sum(float(number) * _MILLISECONDS[unit] for number, unit in parts)
+    if milliseconds > _MAX_SECONDS * 1000:
+        raise ValueError(text)
+    return int(milliseconds)
 
 
 def _parse_page_bytes(text: str) -> int:
     size = int(text) * MIB
-    if size <= 0 or size % PAGE_GRANULARITY:
+    if not 0 < size <= _MAX_PAGE_BYTES or size % PAGE_GRANULARITY:
         raise ValueError(text)
     return size
 
@@ -109,21 +117,32 @@ def _parse_fraction(text: str) -> float:
 
 def _parse_count(text: str) -> int:
     count = int(text)
-    if count < 0:
+    if not 0 <= count < _COUNT_END:
         raise ValueError(text)
     return count
 
 
 def _parse_max_pages(text: str) -> int | None:
     count = int(text)
+    if count >= _COUNT_END:
+        raise ValueError(text)
     return None if count < 0 else count
+
+
+def _parse_tokens(text: str) -> int:
+    tokens = int(text)
+    if tokens >= _TOKENS_END:
+        raise ValueError(text)
+    return max(tokens, -1)
 
 
 def _parse_seconds(text: str) -> float | None:
     seconds = float(text)
-    if seconds != seconds:
+    if seconds <= 0 or seconds == float("inf"):
+        return None
+    if not seconds <= _MAX_SECONDS:  # More, or no number.
         raise ValueError(text)
-    return seconds if 0 < seconds < float("inf") else None
+    return seconds
 
 
 def _parse_labels(text: str) -> dict[str, str]:
@@ -153,47 +172,61 @@ def _parse_level(text: str) -> str:
 
 
 def sanitise_name(text: str) -> str:
-    """A name that an instance can have: others of its characters become ``-``."""
-    return re.sub(r"[^A-Za-z0-9_.-]", "-", text)[:NAME_LENGTH]
+    """A name that an instance can have: others of its characters become ``-``.
+
+    It begins with none of ``-`` and ``.``, which programs take for an option and a hidden
+    file; it may be empty.
+    """
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", text).lstrip("-.")[:NAME_LENGTH]
+
+
+def _parse_name(text: str) -> str | None:
+    return sanitise_name(text) or None
+
+
+def _parse_shm_compat(text: str) -> str:
+    if text.lower() == "auto":
+        return "auto"
+    return "on" if parse_bool(text) else "off"
 
 
 _YES_OR_NO = "true, 1, yes, on, false, 0, no or off"
 _AN_AMOUNT = "a size such as 512M, 2G or 1024, or a percent of the device such as 25%"
-_A_COUNT = "a whole number, 0 or more"
+_A_COUNT = "a whole number, 0 or more, below 2**31"
 
 VARIABLES: dict[str, Variable] = {
     "ENABLE_KVCACHED": Variable(parse_bool, False, _YES_OR_NO),
     "KVCACHED_AUTOPATCH": Variable(parse_bool, False, _YES_OR_NO),
-    "KVCACHED_IPC_NAME": Variable(sanitise_name, None, "any text"),
+    "KVCACHED_IPC_NAME": Variable(_parse_name, None, "any text"),
     "KVCACHED_GPU_UTILIZATION": Variable(_parse_fraction, 0.95, "a number above 0, at most 1"),
     "KVCACHED_PAGE_SIZE_MB": Variable(
-        _parse_page_bytes, PAGE_GRANULARITY, "a positive multiple of 2 (MB)"
+        _parse_page_bytes, PAGE_GRANULARITY, "a positive multiple of 2 (MB), at most 1048576"
     ),
     "KVCACHED_LOG_LEVEL": Variable(_parse_level, "INFO", "DEBUG, INFO, WARNING or ERROR"),
     "KVCACHED_PAGE_PREALLOC_ENABLED": Variable(parse_bool, True, _YES_OR_NO),
     "KVCACHED_MIN_RESERVED_PAGES": Variable(_parse_count, 5, _A_COUNT),
     "KVCACHED_MAX_RESERVED_PAGES": Variable(
-        _parse_max_pages, None, "a whole number; below 0: no limit"
+        _parse_max_pages, None, "a whole number below 2**31; below 0: no limit"
     ),
-    "KVCACHED_MAX_CACHED_TOKENS": Variable(int, None, "a whole number; below 0: no limit"),
+    "KVCACHED_MAX_CACHED_TOKENS": Variable(
+        _parse_tokens, None, "a whole number below 2**63; below 0: no limit"
+    ),
     "KVCACHED_CONTIGUOUS_LAYOUT": Variable(parse_bool, True, _YES_OR_NO),
     "KVCACHED_SANITY_CHECK": Variable(parse_bool, False, _YES_OR_NO),
     "KVCACHED_LOG_COLOR": Variable(parse_bool, True, _YES_OR_NO),
     "KVCACHED_IPC_TIMEOUT": Variable(
-        _parse_seconds, 60.0, "a number of seconds; 0 or below: no limit"
+        _parse_seconds, 60.0, "a number of seconds, at most 10 years; 0 or below: no limit"
     ),
     "KVBROKER_ADDRESS": Variable(str, None, "a socket, or a directory of sockets"),
     "KVBROKER_AUTOSTART": Variable(parse_bool, True, _YES_OR_NO),
     "KVBROKER_LIMIT": Variable(parse_amount, None, _AN_AMOUNT),
     "KVBROKER_MIN": Variable(parse_amount, None, _AN_AMOUNT),
     "KVBROKER_IDLE_DECAY": Variable(
-        parse_duration_ms, 30_000, "a duration such as 30s, 500ms or 2m, 0, or never"
+        parse_duration_ms,
+        30_000,
+        "a duration such as 30s, 500ms or 2m, at most 10 years, 0, or never",
     ),
-    "KVBROKER_SHM_COMPAT": Variable(
-        lambda text: text if text == "auto" else ("on" if parse_bool(text) else "off"),
-        "auto",
-        f"auto, {_YES_OR_NO}",
-    ),
+    "KVBROKER_SHM_COMPAT": Variable(_parse_shm_compat, "auto", f"auto, {_YES_OR_NO}"),
     "KVBROKER_LABELS": Variable(_parse_labels, {}, "key=value,key=value"),
     "KVBROKER_NAME_CONFLICT": Variable(
         _one_of("join", "suffix", "error"), None, "join, suffix or error"

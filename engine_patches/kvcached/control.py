@@ -16,10 +16,11 @@ def set_instance_memory_limit(limit_bytes: int, *, revision: int) -> dict[str, A
 
     As KVCacheManager.set_memory_limit for each of this process's managers, whose answers are
     in ``pools``, with a share by size each. Where one of them answers ``stale`` or
-    ``conflict``, nothing changes. ``status`` is ``unavailable`` where there is no manager.
-    Raises ValueError for negative figures.
+    ``conflict``, nothing changes, and the same words again change nothing either: what an
+    operator has set meanwhile stays. ``status`` is ``unavailable`` where there is no manager.
+    Raises ValueError for negative figures, and for 2**63 bytes or more.
     """
-    check_limit(limit_bytes, revision)
+    limit_bytes, revision = check_limit(limit_bytes, revision)
     managers = runtime.managers()
     answer: dict[str, Any] = {"limit_bytes": limit_bytes, "revision": revision}
     if not managers:
@@ -35,17 +36,26 @@ def set_instance_memory_limit(limit_bytes: int, *, revision: int) -> dict[str, A
         }
     ranges = [m.mem_size * m.num_layers * m.num_kv_buffers for m in managers]
     shares = _split(limit_bytes, ranges)
-    refusals = {m.refusal_of_share(share, revision) for m, share in zip(managers, shares)} - {None}
-    if refusals:
-        pools = [m.memory_limit_state() for m in managers]
-        status = "conflict" if "conflict" in refusals else "stale"
-    else:
-        for manager in managers:
-            manager.pool  # noqa: B018 - opens it, so that there is something to limit
-        runtime.set_instance_limit(limit_bytes)
-        pools = [m.take_share(share, revision) for m, share in zip(managers, shares)]
-        deferred = any(state["status"] == "deferred" for state in pools)
-        status = "deferred" if deferred else "applied"
+    for manager in managers:
+        manager.pool  # noqa: B018 - opens it, so that there is something to limit
+    with runtime.limits_lock:
+        refusals = {m.refusal_of_share(share, revision) for m, share in zip(managers, shares)}
+        last_revision, last_limit = runtime.instance_word
+        if revision < last_revision:
+            refusals.add("stale")
+        if revision == last_revision and limit_bytes != last_limit:
+            refusals.add("conflict")
+        refusals -= {None}
+        if refusals:
+            pools = [m.memory_limit_state() for m in managers]
+            status = "conflict" if "conflict" in refusals else "stale"
+        else:
+            if revision > last_revision:
+                runtime.set_instance_limit(limit_bytes)
+                runtime.instance_word = (revision, limit_bytes)
+            pools = [m.take_share(share, revision) for m, share in zip(managers, shares)]
+            deferred = any(state["status"] == "deferred" for state in pools)
+            status = "deferred" if deferred else "applied"
     mapped = sum(state["mapped_bytes"] for state in pools)
     effective = sum(state["effective_limit_bytes"] or 0 for state in pools)
     return {

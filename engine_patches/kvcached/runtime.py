@@ -23,7 +23,9 @@ call there raises ForkedError. One that was forked before can.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
+import secrets
 import sys
 import threading
 import time
@@ -31,7 +33,7 @@ import weakref
 from typing import TYPE_CHECKING, Any, Callable
 
 from kvcached import config, graphs, programs
-from kvcached.errors import ForkedError, KVCachedConfigError, KVCachePoolExhausted
+from kvcached.errors import ForkedError, KVCachedConfigError
 from kvcached.log import get_kvcached_logger
 from kvcached.tensors import PoolLayout, flat_bytes
 
@@ -47,6 +49,10 @@ _RUNNING_MISS_WAIT_US = 20_000
 # How long pages of blocks that nobody owns any more may take to go.
 _EMPTY_TIMEOUT_S = 5.0
 _POLL_S = 0.002
+# How long the blocks of a manager that nobody has any more wait for who opens a pool.
+_DROP_TIMEOUT_S = 1.0
+# Limits are below this, in bytes.
+LIMIT_END = 1 << 63
 
 
 def normalize_device(device: object) -> str | None:
@@ -96,6 +102,11 @@ class Group:
         # Whether its blocks are pages, which vmm_ops hands out by name.
         self.paged = False
         self.mapped_pages: set[int] = set()
+        # Pages that some thread is having mapped; under `paging`, as mapped_pages.
+        self.coming_pages: set[int] = set()
+        self.paging = threading.Condition()
+        # Whose blocks these are: what the last manager gave, None for vmm_ops.
+        self.owner: object = None
         self._runtime = runtime
         # What set_blocks was last told.
         self._blocks = (layout.block_bytes, layout.blocks, False)
@@ -124,7 +135,7 @@ class Group:
                 return False
             return True
 
-        if not _wait_until(done, _EMPTY_TIMEOUT_S):
+        if not wait_until(done, _EMPTY_TIMEOUT_S):
             raise KVCachedConfigError(
                 f"group {self.group_id} still holds pages of blocks of another size"
             )
@@ -155,7 +166,7 @@ def _drop_cached(pool: _C.Pool, blocks: int) -> None:
             pool.free([block])
 
 
-def _wait_until(done: Callable[[], bool], timeout_s: float) -> bool:
+def wait_until(done: Callable[[], bool], timeout_s: float) -> bool:
     deadline = time.monotonic() + timeout_s
     while not done():
         if time.monotonic() >= deadline:
@@ -169,6 +180,10 @@ class Runtime:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
+        # Around what is heard of limits, said to the broker and remembered. Comes before _lock.
+        self.limits_lock = threading.RLock()
+        self._member = secrets.token_hex(4)  # pids come again, and differ by namespace
+        self._ending = False
         self._opened_here = False  # a session, in this process
         self._forked = False
         # Of the parent, in a forked child: never ended here, as they are not ours.
@@ -191,6 +206,8 @@ class Runtime:
         self._contiguous = True
         self._instance: str | None = None  # the name in force, once a session is open
         self._groups: dict[int, Group] = {}
+        # Revision and limit that kvcached.control set last; under limits_lock.
+        self.instance_word = (-1, 0)
 
     # ---- begin and end ----
 
@@ -198,9 +215,9 @@ class Runtime:
         self,
         *,
         engine: str | None = None,
-        tp_rank: int = 0,
-        tp_size: int = 1,
-        pp_rank: int = 0,
+        tp_rank: int | None = None,
+        tp_size: int | None = None,
+        pp_rank: int | None = None,
         is_worker: bool = False,
         device: object = None,
         async_sched: bool = False,
@@ -209,10 +226,14 @@ class Runtime:
     ) -> None:
         """Idempotent; a later call may raise the role, and name a device that none has named.
 
-        Talks to nobody. ``page_bytes`` of 0 and ``contiguous`` of None: as the environment
-        says. Raises ValueError for arguments that make no sense, MalformedVariable.
+        Talks to nobody. Ranks of None stay what an earlier call said. ``page_bytes`` of 0 and
+        ``contiguous`` of None: as the environment says. Raises ValueError for arguments that
+        make no sense, MalformedVariable.
         """
         self._check_fork()
+        tp_rank = self.tp_rank if tp_rank is None else tp_rank
+        tp_size = self.tp_size if tp_size is None else tp_size
+        pp_rank = self.pp_rank if pp_rank is None else pp_rank
         if tp_size < 1 or not 0 <= tp_rank < tp_size:
             raise ValueError(f"tp_rank {tp_rank} is not one of tp_size {tp_size}")
         if pp_rank < 0:
@@ -262,6 +283,7 @@ class Runtime:
 
     def exit(self) -> None:
         """As shutdown, at the interpreter's end."""
+        self._ending = True
         for manager in self.managers():
             manager.end_quietly()
         for group in self.groups():
@@ -279,6 +301,8 @@ class Runtime:
 
     def after_fork_in_child(self) -> None:
         self._lock = threading.RLock()
+        self.limits_lock = threading.RLock()
+        self._member = secrets.token_hex(4)
         if not self._opened_here:
             return
         self._forked = True
@@ -400,7 +424,8 @@ class Runtime:
     def open_for_tensors(self, group_id: int, layout: PoolLayout) -> Group:
         """As open_group, for one who makes tensors.
 
-        Raises ValueError where the group has a manager whose blocks do not lie in them.
+        Raises ValueError where the group has a manager whose blocks do not lie in them,
+        KVCachePoolExhausted where no memory for its null block comes in time.
         """
         self.check()
         with self._lock:
@@ -413,10 +438,15 @@ class Runtime:
                 graphs.watch(self._gpu_sessions)
             if manager is not None and not manager.attached:
                 self._attach(manager, group)
-            return group
+        if manager is not None:
+            manager.wait_for_null_block()
+        return group
 
     def open_for_manager(self, manager: KVCacheManager) -> None:
-        """The manager is used and there are no tensors: its own blocks say how large it is."""
+        """The manager is used and there are no tensors: its own blocks say how large it is.
+
+        Does not wait for its null block.
+        """
         self.check()
         with self._lock:
             if not manager.attached:
@@ -425,25 +455,21 @@ class Runtime:
     def _attach(self, manager: KVCacheManager, group: Group) -> None:
         check_manager_fits(group.group_id, group.layout, manager)
         group.paged = False
+        owner = group.owner = object()
         group.set_blocks(manager.layout.block_bytes, manager.num_blocks, manager.reserve_null_block)
-        if manager.reserve_null_block:
-            self._back_null_block(group)
-        manager.attach(group)
+        manager.attach(group, weakref.finalize(manager, self._drop, group, owner))
 
-    def _back_null_block(self, group: Group) -> None:
-        """Kernels may touch it before any block is taken."""
-        pool = group.pool
-
-        def backed() -> bool:
-            # The first page that comes is that of the null block.
-            blocks = pool.alloc(1)
-            if blocks is not None:
-                pool.free(blocks)
-            return pool.page_used(0) > 0
-
-        timeout_s = self.settings.ipc_timeout_s
-        if not _wait_until(backed, float("inf") if timeout_s is None else timeout_s):
-            raise KVCachePoolExhausted(1, f"for the null block within {timeout_s} seconds")
+    def _drop(self, group: Group, owner: object) -> None:
+        """A manager is gone that nobody has shut down: frees what it had."""
+        if self._ending or not self._lock.acquire(timeout=_DROP_TIMEOUT_S):
+            return  # The group's next manager frees it.
+        try:
+            # After a shutdown and in a forked child the group is none of these.
+            if group.owner is owner and self._groups.get(group.group_id) is group:
+                with contextlib.suppress(RuntimeError):  # Its session has ended.
+                    group.empty()
+        finally:
+            self._lock.release()
 
     def _open_session(self, group_id: int, layout: PoolLayout) -> _C.Session:
         from kvcached import _C
@@ -488,7 +514,7 @@ class Runtime:
             address=settings.address,
             gpu=None if device == "cpu" else _C.gpu_uuid(int(device.partition(":")[2])),
             backend="host" if device == "cpu" else None,
-            member=f"{os.getpid()}-{group_id}",
+            member=f"{os.getpid()}-{self._member}-{group_id}",
             labels=dict(settings.labels),
             timeout_ms=_C.FOREVER if timeout is None else max(1, int(timeout * 1000)),
             name_conflict=conflict,
@@ -536,7 +562,11 @@ class Runtime:
         return [manager for manager in found if manager is not None]
 
     def add_manager(self, manager: KVCacheManager) -> None:
-        """Raises KVCachedConfigError where the group has a live one, or is too small."""
+        """Raises KVCachedConfigError where the group has a live one, or is too small.
+
+        Where the group is open, kernels may touch the null block before any block is taken:
+        waits for it, and raises KVCachePoolExhausted where it does not come in time.
+        """
         self.check()
         with self._lock:
             if self.manager(manager.group_id) is not None:
@@ -545,6 +575,13 @@ class Runtime:
             if group is not None:
                 self._attach(manager, group)
             self._managers[manager.group_id] = weakref.ref(manager)
+        if group is None:
+            return
+        try:
+            manager.wait_for_null_block()
+        except BaseException:
+            manager.shutdown()
+            raise
 
     def remove_manager(self, manager: KVCacheManager) -> None:
         with self._lock:
@@ -555,16 +592,16 @@ class Runtime:
 
     def set_group_limit(self, group: Group, limit: int) -> None:
         """Limits the instance to this and what its other groups may have. Bytes."""
-        with self._lock:
-            others = [other for other in self._groups.values() if other is not group]
-        total = limit + sum(
-            other.layout.pages * other.layout.page_total_bytes
-            if other.limit is None
-            else other.limit
-            for other in others
-        )
-        group.session.set_max(total)
-        group.limit = limit
+        with self.limits_lock:
+            total = limit + sum(
+                other.layout.pages * other.layout.page_total_bytes
+                if other.limit is None
+                else other.limit
+                for other in self.groups()
+                if other is not group
+            )
+            group.session.set_max(min(total, LIMIT_END - 1))
+            group.limit = limit
 
     def set_instance_limit(self, limit: int) -> None:
         """Of all groups together, in bytes, exactly. Raises KVCachedConfigError without a pool."""

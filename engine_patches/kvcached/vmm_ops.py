@@ -125,11 +125,15 @@ def _paged_group(group_id: int | Sequence[int]) -> Group:
             stacklevel=3,
         )
     group = runtime.group(group_id if isinstance(group_id, int) else 0)
-    if group.manager() is not None:
-        raise KVCachedConfigError(f"KV group {group.group_id} has a manager, which maps its pages")
-    if not group.paged:
-        group.set_blocks(group.layout.page_total_bytes, group.layout.pages, False)
-        group.paged = True
+    with group.paging:
+        if group.manager() is not None:
+            raise KVCachedConfigError(
+                f"KV group {group.group_id} has a manager, which maps its pages"
+            )
+        if not group.paged:
+            group.owner = None
+            group.set_blocks(group.layout.page_total_bytes, group.layout.pages, False)
+            group.paged = True
     return group
 
 
@@ -150,22 +154,37 @@ def map_to_kv_tensors(offsets: Sequence[int], group_id: int | Sequence[int] = 0)
     manager.
     """
     group = _paged_group(group_id)
-    wanted = [p for p in _pages(group, offsets, group_id) if p not in group.mapped_pages]
-    if wanted and not group.pool.alloc_at(wanted, _timeout_ms()):
-        return False
-    group.mapped_pages.update(wanted)
-    return True
+    pages = _pages(group, offsets, group_id)
+    with group.paging:
+        group.paging.wait_for(lambda: group.coming_pages.isdisjoint(pages))
+        wanted = [page for page in pages if page not in group.mapped_pages]
+        group.coming_pages.update(wanted)
+    mapped = not wanted
+    try:
+        # Others may unmap what this waits for.
+        mapped = mapped or group.pool.alloc_at(wanted, _timeout_ms())
+    finally:
+        with group.paging:
+            group.coming_pages.difference_update(wanted)
+            if mapped:
+                group.mapped_pages.update(wanted)
+            group.paging.notify_all()
+    return mapped
 
 
 def unmap_from_kv_tensors(offsets: Sequence[int], group_id: int | Sequence[int] = 0) -> bool:
     """Returns the memory behind the pages at ``offsets``; those that have none have none.
 
-    True. Arguments and errors as map_to_kv_tensors.
+    True. Arguments and errors as map_to_kv_tensors. Waits for a map_to_kv_tensors of
+    another thread that is about one of the pages.
     """
     group = _paged_group(group_id)
-    gone = [p for p in _pages(group, offsets, group_id) if p in group.mapped_pages]
-    if gone:
-        group.mapped_pages.difference_update(gone)
-        group.pool.free(gone)
-        group.pool.trim()
+    pages = _pages(group, offsets, group_id)
+    with group.paging:
+        group.paging.wait_for(lambda: group.coming_pages.isdisjoint(pages))
+        gone = [page for page in pages if page in group.mapped_pages]
+        if gone:
+            group.mapped_pages.difference_update(gone)
+            group.pool.free(gone)
+            group.pool.trim()
     return True

@@ -205,6 +205,26 @@ class ViewOfABroker(BrokerTest):
     def listed(self) -> Any:
         return [one for one in utils._instances() if one["ipc"] == self.name]
 
+    def test_a_stale_file_is_not_taken_for_an_instance(self) -> None:
+        path = Path(utils.get_ipc_path(self.name))
+        path.write_bytes(struct.pack("3q", 1, 2, 3))
+        self.addCleanup(path.unlink, missing_ok=True)
+        with self.assertRaises(FileNotFoundError):
+            utils.RwLockedShm(self.name, "rb").__enter__()
+        with utils.RwLockedShm(self.name, "r+b") as view:
+            struct.pack_into("q", view, 0, 5 * MIB)
+        self.assertEqual(path.read_bytes(), struct.pack("3q", 1, 2, 3))
+        session = open_session(self.name)
+        self.assertEqual(session.limits()[1], 5 * MIB, "what was written was not kept for it")
+        with utils.RwLockedShm(self.name, "rb") as view:  # It has processes now.
+            self.assertEqual(struct.unpack("3q", view), (1, 2, 3))
+        self.broker.stop()
+        with utils.RwLockedShm(self.name, "rb") as view:
+            self.assertEqual(struct.unpack("3q", view), (1, 2, 3))
+        with self.assertRaises(_C.Error), utils.RwLockedShm(self.name, "r+b") as view:
+            struct.pack_into("q", view, 0, 6 * MIB)
+        session.close()
+
     def test_a_stale_file_goes(self) -> None:
         path = Path(utils.get_ipc_path(self.name))
         path.write_bytes(bytes(24))
@@ -291,7 +311,11 @@ class Kvtop(BrokerTest):
         self.assertEqual((done.returncode, done.stderr), (0, ""))
         self.assertRegex(done.stdout, rf"(?m)^chat +\[.*\].* {os.getpid()}$")
         self.assertNotIn("\033", done.stdout)
-        self.assertNotIn("chat", run_module("kvcached.cli.kvtop", "other").stdout)
+        self.assertIn("chat", run_module("kvcached.cli.kvtop", "chat").stdout)
+        for names in (["nosuch"], ["chat", "nosuch"]):
+            done = run_module("kvcached.cli.kvtop", *names)
+            self.assertEqual((done.returncode, done.stdout), (1, ""))
+            self.assertEqual(done.stderr, "kvtop: no instance nosuch; there are chat\n")
         session.close()
 
     def test_no_broker(self) -> None:

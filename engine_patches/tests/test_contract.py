@@ -141,6 +141,7 @@ class Live(BrokerTest):
     def test_instances_and_gpus(self) -> None:
         self.assertEqual(observability.instance_snapshots(), [])
         mine = vllm.get_kv_cache_manager(300, 16, 4096, 2)
+        self.assertTrue(eventually(lambda: mine.available_size() > 0))
         self.assertEqual(mine.get_page_occupancy([0]), {0: 1})
         mine.set_memory_limit(3 * self.PAGE, revision=1)
 

@@ -8,16 +8,18 @@ import os
 import random
 import struct
 import threading
+import time
 from pathlib import Path
+from unittest import mock
 
 from broker import MIB, BrokerTest, environment, eventually, use_environment
 
-from kvcached import utils
+from kvcached import control, utils, vmm_ops
 from kvcached.errors import KVCachedConfigError
 from kvcached.integration.sglang import interfaces as sglang
 from kvcached.integration.vllm import interfaces as vllm
 from kvcached.kv_cache_manager import KVCacheManager
-from kvcached.runtime import runtime
+from kvcached.runtime import Group, runtime
 
 # A block of 16 cells in 2 layers' K and V; a page of 2 MB of each holds 8 of them.
 CELL = 16 << 10
@@ -75,7 +77,9 @@ class Blocks(BrokerTest):
     def test_the_null_block_is_backed_and_never_handed_out(self) -> None:
         mine = manager(reserve_null_block=True)
         self.assertEqual(mine.null_block, [0])
-        self.assertEqual(mine.get_page_occupancy([0])[0], 1)
+        blocks = take(mine, 1)
+        self.assertEqual(mine.get_page_occupancy([0])[0], 2)
+        mine.free(blocks)
         blocks = take(mine, 8 * BLOCKS_PER_PAGE - 1)
         self.assertNotIn(0, blocks)
         with self.assertLogs("kvcached", "ERROR") as logs:
@@ -87,6 +91,13 @@ class Blocks(BrokerTest):
         mine = manager(num_blocks=5)
         self.assertIsNone(mine.alloc(6))
         self.assertEqual(sorted(take(mine, 5)), [0, 1, 2, 3, 4])
+
+    def test_more_than_there_are_ids_is_none(self) -> None:
+        mine = manager()
+        for many in (1001, 10**10, 1 << 70):
+            self.assertIsNone(mine.alloc(many))
+            self.assertFalse(mine.try_to_reserve(many))
+        self.assertEqual(len(take(mine, 1)), 1)
 
     def test_nothing_is_fine(self) -> None:
         mine = manager()
@@ -123,7 +134,7 @@ class Blocks(BrokerTest):
         blocks = take(mine, 4)
         mine.free(blocks[:1])
         with self.assertLogs("kvcached", "ERROR"):
-            mine.free([*blocks, blocks[1], 999, 5000, -3])
+            mine.free([*blocks, blocks[1], 999, 5000, -3, 1 << 40, 1 << 70, -(1 << 70)])
         self.assertEqual(mine.pool.used_blocks(), [])
 
     def test_reserved_blocks_are_not_freed(self) -> None:
@@ -239,7 +250,16 @@ class SanityChecks(BrokerTest):
         mine = manager(reserve_null_block=True)
         blocks = take(mine, 3)
         mine.free(blocks[:1])
-        for wrong in (blocks, [blocks[1], blocks[1]], [0], [999], [-1], [10**9]):
+        for wrong in (
+            blocks,
+            [blocks[1], blocks[1]],
+            [0],
+            [999],
+            [-1],
+            [10**9],
+            [1 << 40],
+            [1 << 70],
+        ):
             with self.subTest(wrong=wrong), self.assertRaises(ValueError):
                 mine.free(wrong)
         self.assertEqual(mine.pool.used_blocks(), sorted(blocks[1:]))
@@ -311,6 +331,64 @@ class Making(BrokerTest):
         self.assertEqual(again.pool.used_blocks(), [])
         self.assertEqual(len(take(again, 30)), 30)
         self.assertEqual(len(other.pool.used_blocks()), 5)
+
+    def test_a_manager_that_is_dropped_returns_its_blocks(self) -> None:
+        vllm.init_kvcached(device="cpu")
+        mine = manager(reserve_null_block=True)
+        take(mine, 5)
+        reserve(mine, 2)
+        pool = mine.pool
+        del mine
+        gc.collect()
+        self.assertEqual(pool.used_blocks(), [])
+        # One that is shut down has nothing any more to return.
+        first = manager()
+        take(first, 1)
+        first.shutdown()
+        self.assertTrue(vmm_ops.map_to_kv_tensors([0]))
+        del first
+        gc.collect()
+        self.assertEqual(pool.used_blocks(), [0])
+
+    def test_reserved_blocks_end_with_the_manager(self) -> None:
+        vllm.init_kvcached(device="cpu")
+        for end in (lambda: mine.shutdown(), vllm.shutdown_kvcached):
+            mine = manager()
+            reserve(mine, 2)
+            end()
+            self.assertEqual(mine.reserved_blocks, [])
+            for call in (
+                lambda: mine.alloc(0),
+                lambda: mine.alloc(1),
+                lambda: mine.alloc(1 << 70),
+                lambda: mine.free([]),
+                lambda: mine.try_to_reserve(0),
+                mine.available_size,
+            ):
+                with self.assertRaises(RuntimeError):
+                    call()
+
+    def test_a_later_init_keeps_the_ranks(self) -> None:
+        vllm.init_kvcached(tp_rank=1, tp_size=2, pp_rank=1, device="cpu")
+        vmm_ops.init_kvcached("cpu")
+        vllm.init_kvcached(is_worker=True)
+        self.assertEqual((runtime.tp_rank, runtime.tp_size, runtime.pp_rank), (1, 2, 1))
+        with self.assertRaises(ValueError):
+            vllm.init_kvcached(tp_rank=2)
+
+    def test_what_kvcacheds_own_callers_find(self) -> None:
+        vllm.init_kvcached(device="cpu")
+        mine = vllm.get_kv_cache_manager(100, 16, CELL, LAYERS, pool_name="kv")
+        self.assertEqual(mine.ipc_name, "test")
+        self.assertFalse(mine.defer_physical_release)
+        self.assertIsNone(mine.physical_release_barrier)
+        mine.release_retired_pages_through(mine.capture_physical_release_marker())
+        blocks = take(mine, 3)
+        self.assertEqual(mine.observability_snapshot().allocated_blocks, 3)
+        shown = mine.observability_snapshot_dict(integration="other")
+        self.assertEqual((shown["integration"], shown["pool_name"]), ("other", "kv"))
+        self.assertEqual(mine.observability_snapshot_dict()["integration"], "vllm")
+        mine.free(blocks)
 
     def test_a_manager_that_was_never_used_leaves_no_trace(self) -> None:
         vllm.init_kvcached(device="cpu")
@@ -414,6 +492,113 @@ class Making(BrokerTest):
         self.assertEqual(len(take(mine, 1)), 1)
 
 
+class NoMemory(BrokerTest):
+    """Managers with a null block, where there is nothing to back it."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.setenv(KVBROKER_LIMIT="0", KVCACHED_IPC_TIMEOUT="3600")
+        vllm.init_kvcached(device="cpu")
+
+    def test_the_first_use_is_a_miss_and_the_lock_is_free(self) -> None:
+        mine = manager(reserve_null_block=True)
+        for _ in range(3):
+            self.assertIsNone(mine.alloc(1))
+            self.assertEqual(mine.available_size(), 0)
+            self.assertFalse(mine.try_to_reserve(1))
+        self.assertEqual(mine.memory_limit_state()["mapped_bytes"], 0)
+        other = manager(group_id=1)
+        self.assertIsNone(other.alloc(1))
+        mine.set_memory_limit(4 * PAGE, revision=1)
+        self.assertNotIn(0, take(mine, 1))
+        self.assertEqual(mine.get_page_occupancy([0]), {0: 2})
+
+    def test_who_opens_it_for_tensors_is_told(self) -> None:
+        vllm.shutdown_kvcached()
+        self.setenv(KVCACHED_IPC_TIMEOUT="0.2")
+        vllm.init_kvcached(device="cpu")
+        layout = manager().layout
+        runtime.open_for_tensors(0, layout)
+        with self.assertRaisesRegex(utils.KVCachePoolExhausted, r"\ACannot get 1 free blocks"):
+            manager(reserve_null_block=True)
+        self.assertEqual(runtime.managers(), [])
+        self.assertIsNone(manager().alloc(1))
+        mine = manager(reserve_null_block=True, group_id=1)
+        self.assertIsNone(mine.alloc(1))
+        with self.assertRaises(utils.KVCachePoolExhausted):
+            runtime.open_for_tensors(1, layout)
+        self.broker.kvctl("limit", "test", "32M")
+        runtime.open_for_tensors(1, layout)
+        self.assertEqual(mine.get_page_occupancy([0]), {0: 1})
+
+    def test_an_end_while_somebody_waits(self) -> None:
+        mine = manager(reserve_null_block=True)
+        answers: list[object] = []
+
+        def use() -> None:
+            try:
+                while True:
+                    answers.append(mine.alloc(1))
+            except RuntimeError as error:
+                answers.append(error)
+
+        thread = threading.Thread(target=use)
+        thread.start()
+        self.assertTrue(eventually(lambda: answers))
+        vllm.shutdown_kvcached()
+        thread.join()
+        self.assertIsInstance(answers[-1], RuntimeError)
+        with self.assertRaisesRegex(RuntimeError, "init_kvcached"):
+            mine.alloc(1)
+
+
+class Pages(BrokerTest):
+    """vmm_ops, by several threads at once."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        vllm.init_kvcached(device="cpu")
+        runtime.open_for_tensors(0, manager().layout)
+
+    def test_two_that_map_the_same_page(self) -> None:
+        problems: list[object] = []
+
+        def use(who: int) -> None:
+            rng = random.Random(who)
+            for _ in range(100):
+                pages = [PAGE * rng.randrange(4) for _ in range(3)]
+                try:
+                    if not rng.choice((vmm_ops.map_to_kv_tensors, vmm_ops.unmap_from_kv_tensors))(
+                        pages
+                    ):
+                        problems.append("not all")
+                except Exception as error:
+                    problems.append(error)
+
+        threads = [threading.Thread(target=use, args=(who,)) for who in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(problems, [])
+        group = runtime.group(0)
+        self.assertEqual(group.pool.used_blocks(), sorted(group.mapped_pages))
+        self.assertEqual(group.coming_pages, set())
+
+    def test_one_that_waits_for_memory_gets_what_another_unmaps(self) -> None:
+        self.assertTrue(vmm_ops.map_to_kv_tensors([PAGE * page for page in range(8)]))
+        got: list[bool] = []
+        thread = threading.Thread(
+            target=lambda: got.append(vmm_ops.map_to_kv_tensors([8 * PAGE, 9 * PAGE]))
+        )
+        thread.start()
+        self.assertTrue(eventually(lambda: runtime.group(0).coming_pages))
+        self.assertTrue(vmm_ops.unmap_from_kv_tensors([0, PAGE]))
+        thread.join()
+        self.assertEqual(got, [True])
+        self.assertEqual(runtime.group(0).pool.used_blocks(), list(range(2, 10)))
+
+
 class Limits(BrokerTest):
     CAPACITY = "128M"
 
@@ -467,6 +652,129 @@ class Limits(BrokerTest):
         self.assertEqual(mine.set_memory_limit(0, revision=1)["status"], "applied")
         self.assertIsNone(mine.alloc(1))
         self.assertEqual(mine.available_size(), 0)
+
+    def test_the_same_words_again_leave_what_an_operator_has_set(self) -> None:
+        mine = manager()
+        take(mine, 1)
+        for revision, set_limit in (
+            (1, lambda: mine.set_memory_limit(3 * PAGE, revision=1)),
+            (2, lambda: control.set_instance_memory_limit(3 * PAGE, revision=2)),
+        ):
+            with self.subTest(revision=revision):
+                self.assertEqual(set_limit()["status"], "applied")
+                self.broker.kvctl("limit", "test", str(5 * PAGE))
+                self.assertTrue(eventually(lambda: mine.group.session.limits()[1] == 5 * PAGE))
+                self.assertEqual(set_limit()["revision"], revision)
+                self.assertEqual(mine.group.session.limits()[1], 5 * PAGE)
+        self.assertTrue(mine.resize(4 * 2 * MIB))
+        control.set_instance_memory_limit(3 * PAGE, revision=2)
+        self.assertEqual(mine.group.session.limits()[1], 4 * PAGE)
+
+    def test_limits_above_all_there_is_are_told_apart(self) -> None:
+        manager().alloc(1)
+        mine = manager()
+        self.assertEqual(control.set_instance_memory_limit(1 << 40, revision=1)["revision"], 1)
+        answer = control.set_instance_memory_limit(1 << 41, revision=1)
+        self.assertEqual(answer["status"], "conflict")
+        self.assertEqual(mine.group.session.limits()[1], 1 << 40)
+
+    def overtaken(self, first: object, second: object) -> None:
+        """``first`` sets a limit, and ``second`` comes while the broker is told so."""
+        tell = runtime.set_instance_limit, runtime.set_group_limit
+        started: list[threading.Thread] = []
+
+        def hook(real: object) -> object:
+            def told(*arguments: object) -> None:
+                if not started:
+                    started.append(threading.Thread(target=second))  # type: ignore[arg-type]
+                    started[0].start()
+                    started[0].join(0.3)  # It waits for first, or is done before it.
+                real(*arguments)  # type: ignore[operator]
+
+            return told
+
+        with (
+            mock.patch.object(runtime, "set_instance_limit", hook(tell[0])),
+            mock.patch.object(runtime, "set_group_limit", hook(tell[1])),
+        ):
+            first()  # type: ignore[operator]
+            started[0].join()
+
+    def test_an_older_revision_does_not_win_by_being_slow(self) -> None:
+        mine = manager()
+        take(mine, 1)
+        for revision, set_limit in (
+            (1, lambda limit, revision: mine.set_memory_limit(limit, revision=revision)),
+            (
+                3,
+                lambda limit, revision: control.set_instance_memory_limit(limit, revision=revision),
+            ),
+        ):
+            with self.subTest(revision=revision):
+                self.overtaken(
+                    lambda: set_limit(3 * PAGE, revision),
+                    lambda: set_limit(4 * PAGE, revision + 1),
+                )
+                self.assertEqual(mine.group.session.limits()[1], 4 * PAGE)
+                self.assertEqual(mine.memory_limit_state()["limit_bytes"], 4 * PAGE)
+
+    def test_two_groups_that_resize_at_once_leave_their_sum(self) -> None:
+        mine, other = manager(), manager(group_id=1)
+        take(mine, 1)
+        take(other, 1)
+        started: list[threading.Thread] = []
+
+        class Slow:
+            """A session that is overtaken while it sets a limit."""
+
+            def __init__(self, group: Group) -> None:
+                self.session = group.session
+
+            def set_max(self, limit: int) -> None:
+                if not started:
+                    started.append(threading.Thread(target=lambda: other.resize(2 * 2 * MIB)))
+                    started[0].start()
+                    started[0].join(0.3)
+                self.session.set_max(limit)
+
+        session = mine.group.session
+        with mock.patch.object(mine.group, "session", Slow(mine.group)):
+            mine.resize(2 * MIB)
+        started[0].join()
+        self.assertEqual(session.limits()[1], 3 * PAGE)
+
+    def test_figures_beyond_what_there_can_be(self) -> None:
+        mine = manager()
+        take(mine, 1)
+        before = mine.group.session.limits()[1]
+        for call in (
+            lambda: mine.resize(1 << 61),
+            lambda: mine.resize(1 << 70),
+            lambda: mine.set_memory_limit(1 << 63, revision=1),
+            lambda: mine.set_memory_limit(1 << 70, revision=1),
+            lambda: control.set_instance_memory_limit(1 << 63, revision=1),
+        ):
+            with self.assertRaisesRegex(ValueError, r"2\*\*63"):
+                call()
+        self.assertEqual(mine.group.session.limits()[1], before)
+        take(manager(group_id=1), 1)
+        mine.set_memory_limit((1 << 63) - 1, revision=1)
+        self.assertEqual(mine.group.session.limits()[1], (1 << 63) - 1)
+
+    def test_what_int_takes_is_a_limit(self) -> None:
+        mine = manager()
+        take(mine, 1)
+        answer = control.set_instance_memory_limit(f"{3 * PAGE}", revision="4")  # type: ignore
+        self.assertEqual((answer["limit_bytes"], answer["revision"]), (3 * PAGE, 4))
+        self.assertEqual(mine.group.session.limits()[1], 3 * PAGE)
+        with self.assertRaises(ValueError):
+            control.set_instance_memory_limit("much", revision=5)  # type: ignore[arg-type]
+
+    def test_a_limit_of_nothing_drains_to_nothing(self) -> None:
+        mine = manager()
+        take(mine, 1)
+        self.assertFalse(mine.resize(0))
+        self.assertEqual(mine.target_num_blocks, 0)
 
     def test_what_other_groups_may_have_is_added(self) -> None:
         mine, other = manager(), manager(num_blocks=2 * BLOCKS_PER_PAGE, group_id=1)

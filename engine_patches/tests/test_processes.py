@@ -17,6 +17,7 @@ from kvcached import control
 from kvcached.errors import ForkedError
 from kvcached.integration.vllm import interfaces as vllm
 from kvcached.kv_cache_manager import KVCacheManager
+from kvcached.runtime import runtime
 
 CELL = 16 << 10
 
@@ -245,12 +246,51 @@ class Forks(Processes):
                 except ForkedError as error:
                     texts.append(str(error))
             assert vllm.shutdown_kvcached() is True
-            return [text for text in texts if "spawn" not in text or "init_kvcached()" not in text]
+            return [text for text in texts if "the first pool is opened, or use spawn" not in text]
 
         self.assertEqual(self.in_child(calls), "[]")
         # The parent's is untouched.
         mine.free(blocks)
         take(mine, 60)
+
+    def test_reserved_blocks_are_not_the_childs(self) -> None:
+        vllm.init_kvcached(device=DEVICE)
+        mine = KVCacheManager(1000, 16, CELL, 2)
+        take(mine, 1)
+        self.assertTrue(eventually(lambda: mine.try_to_reserve(3)))
+
+        def calls() -> list[object]:
+            answers: list[object] = [mine.reserved_blocks]
+            for call in (
+                lambda: mine.alloc(0),
+                lambda: mine.alloc(1),
+                lambda: mine.free([]),
+                lambda: mine.try_to_reserve(0),
+                mine.free_reserved,
+            ):
+                try:
+                    answers.append(call())
+                except ForkedError:
+                    answers.append("forked")
+            return answers
+
+        # There is nothing that free_reserved would give back.
+        self.assertEqual(self.in_child(calls), str([[], *["forked"] * 4, None]))
+        self.assertEqual(len(mine.reserved_blocks), 3)
+
+    def test_a_manager_dropped_in_a_child_is_still_the_parents(self) -> None:
+        vllm.init_kvcached(device=DEVICE)
+        managers = [KVCacheManager(1000, 16, CELL, 2)]
+        blocks = take(managers[0], 3)
+        self.assertEqual(self.in_child(managers.clear), "None")
+        self.assertEqual(managers[0].pool.used_blocks(), sorted(blocks))
+
+    def test_members_of_processes_with_one_pid_differ(self) -> None:
+        mine = runtime._member
+        self.assertRegex(mine, "^[0-9a-f]{8}$")
+        theirs = self.in_child(lambda: runtime._member)
+        self.assertRegex(theirs, "^[0-9a-f]{8}$")
+        self.assertNotEqual(theirs, mine)
 
     def test_a_child_may_end_as_it_likes(self) -> None:
         self.run_program(

@@ -88,6 +88,23 @@ class Settings(unittest.TestCase):
         self.assertTrue(settings(KVCACHED_IPC_NAME="a").shm_view)
         self.assertFalse(settings(KVCACHED_IPC_NAME="a", KVBROKER_SHM_COMPAT="0").shm_view)
         self.assertTrue(settings(KVBROKER_SHM_COMPAT="1").shm_view)
+        self.assertTrue(settings(KVCACHED_IPC_NAME="a", KVBROKER_SHM_COMPAT="AUTO").shm_view)
+        self.assertTrue(settings(KVBROKER_SHM_COMPAT="ON").shm_view)
+
+    def test_the_largest_that_is_allowed(self) -> None:
+        large = settings(
+            KVCACHED_PAGE_SIZE_MB=str(1 << 20),
+            KVCACHED_MIN_RESERVED_PAGES=str((1 << 31) - 1),
+            KVCACHED_MAX_RESERVED_PAGES=str((1 << 31) - 1),
+            KVCACHED_MAX_CACHED_TOKENS=str((1 << 63) - 1),
+            KVCACHED_IPC_TIMEOUT=str(3650 * 86_400),
+            KVBROKER_IDLE_DECAY="87600h",
+        )
+        self.assertEqual(large.page_bytes, 1 << 40)
+        self.assertEqual(large.max_reserved_pages, (1 << 31) - 1)
+        self.assertEqual(large.ipc_timeout_s, 3650 * 86_400)
+        self.assertEqual(large.idle_decay_ms, 3650 * 86_400_000)
+        self.assertEqual(settings(KVCACHED_MAX_CACHED_TOKENS="-" + "9" * 30).max_cached_tokens, -1)
 
     def test_malformed_values_name_variable_value_and_what_is_allowed(self) -> None:
         for name, value in (
@@ -102,7 +119,17 @@ class Settings(unittest.TestCase):
             ("KVCACHED_MIN_RESERVED_PAGES", "-1"),
             ("KVCACHED_MAX_RESERVED_PAGES", "ten"),
             ("KVCACHED_MAX_CACHED_TOKENS", "1k"),
+            ("KVCACHED_PAGE_SIZE_MB", "1048578"),
+            ("KVCACHED_MIN_RESERVED_PAGES", str(1 << 31)),
+            ("KVCACHED_MAX_RESERVED_PAGES", str(1 << 31)),
+            ("KVCACHED_MAX_CACHED_TOKENS", str(1 << 63)),
             ("KVCACHED_IPC_TIMEOUT", "nan"),
+            ("KVCACHED_IPC_TIMEOUT", "1e12"),
+            ("KVBROKER_IDLE_DECAY", "87601h"),
+            ("KVBROKER_IDLE_DECAY", "9" * 400 + "s"),
+            ("KVBROKER_LIMIT", "9" * 400 + ".0"),
+            ("KVBROKER_LIMIT", "9" * 400),
+            ("KVBROKER_LIMIT", "9" * 400 + "%"),
             ("KVBROKER_LIMIT", "2X"),
             ("KVBROKER_LIMIT", "0%"),
             ("KVBROKER_LIMIT", "101%"),
@@ -125,7 +152,11 @@ class Settings(unittest.TestCase):
 
     def test_names(self) -> None:
         self.assertEqual(settings(KVCACHED_IPC_NAME="a b/c_.-9").ipc_name, "a-b-c_.-9")
-        self.assertEqual(settings(KVCACHED_IPC_NAME="\u00e9" * 200).ipc_name, "-" * 128)
+        self.assertEqual(settings(KVCACHED_IPC_NAME="a\u00e9" * 200).ipc_name, "a-" * 64)
+        self.assertEqual(settings(KVCACHED_IPC_NAME="-.\u00e9.a-.").ipc_name, "a-.")
+        for nothing in ("\u00e9" * 200, "..", "--", "./."):
+            self.assertIsNone(settings(KVCACHED_IPC_NAME=nothing).ipc_name, nothing)
+            self.assertFalse(settings(KVCACHED_IPC_NAME=nothing).shm_view, nothing)
         self.assertEqual(config.default_name("vLLM"), f"kvcached_vLLM_{os.getpgrp()}")
         self.assertRegex(config.default_name(), r"^kvcached_(vLLM|SGLang|proc)_\d+$")
 
@@ -184,6 +215,10 @@ class Errors(unittest.TestCase):
         error = errors.KVCachePoolExhausted(7)
         self.assertTrue(str(error).startswith("Cannot get 7 free blocks"))
         self.assertEqual(str(pickle.loads(pickle.dumps(error))), str(error))
+        said = errors.KVCachePoolExhausted("no room")
+        self.assertEqual((str(said), said.blocks), ("no room", None))
+        self.assertEqual(str(pickle.loads(pickle.dumps(said))), "no room")
+        self.assertEqual(pickle.loads(pickle.dumps(error)).blocks, 7)
         self.assertIs(utils.KVCachePoolExhausted, errors.KVCachePoolExhausted)
         self.assertIs(utils.KVCachedConfigError, errors.KVCachedConfigError)
 

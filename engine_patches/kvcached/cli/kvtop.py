@@ -46,6 +46,16 @@ def look(address: str | None, gpu: str | None, names: Sequence[str]) -> Look:
     return Look(brokers, instances, "")
 
 
+def missing(seen: Look, names: Sequence[str]) -> str:
+    """What to say where some of the names are no instance's; "" where all are."""
+    existing = {instance["ipc"] for instance in seen.instances}
+    unknown = [name for name in names if name not in existing]
+    if seen.problem or not unknown:
+        return ""
+    there = f"there are {', '.join(sorted(existing))}" if existing else "there is none"
+    return f"no instance {', '.join(unknown)}; {there}"
+
+
 def format_size(size: int) -> str:
     """`512 B`, `2 MiB`, `1.5 GiB`."""
     value = float(size)
@@ -271,6 +281,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     try:
+        if options.names:
+            problem = missing(look(options.address, options.gpu, ()), options.names)
+            if problem:
+                print(f"kvtop: {problem}", file=sys.stderr)
+                return 1
         if options.once or not _can_do_screens():
             return _run_plain(options, color)
         _run_screen(options, color)

@@ -83,9 +83,13 @@ class MemInfoStruct:
         struct.pack_into("3q", buf, 0, self.total_size, self.used_size, self.prealloc_size)
 
 
-def _figures(name: str) -> MemInfoStruct | None:
-    """What the broker says; None: it knows no such instance."""
-    found = [instance for instance in _instances() if instance["ipc"] == name]
+def _lives(name: str, listed: list[dict[str, Any]]) -> bool:
+    return any(instance["ipc"] == name and instance["pids"] for instance in listed)
+
+
+def _figures(name: str, listed: list[dict[str, Any]]) -> MemInfoStruct | None:
+    """None: no such instance is listed."""
+    found = [instance for instance in listed if instance["ipc"] == name]
     if not found:
         return None
     instance = max(found, key=lambda one: int(one["used_bytes"]))
@@ -103,9 +107,10 @@ class RwLockedShm:
 
     ``RwLockedShm(path, "rb")`` and ``RwLockedShm(path, 24, RwLockedShm.RLOCK)`` read,
     ``"r+b"`` and ``WLOCK`` write as well. The file is locked with flock meanwhile. Where
-    there is no file, the buffer holds what the broker says on entry, and a limit that
-    was changed in it is set on leaving; one for a name that no instance has yet is kept
-    for it.
+    there is none, or one that an engine left which is gone, the buffer holds what the
+    broker says on entry, and a limit that was changed in it is set on leaving; one for a
+    name that no process has yet is kept for it, which needs a broker that runs. A file
+    that is not in SHM_DIR is taken as it is.
 
     Raises FileNotFoundError where neither file nor instance exists and the view is to
     be read.
@@ -137,10 +142,10 @@ class RwLockedShm:
         self.file: IO[bytes] | None = None
         self.mm: mmap.mmap | None = None
         self._before: MemInfoStruct | None = None
-        self._exists = True
+        self._lives = True
 
     def __enter__(self) -> mmap.mmap:
-        if not self._map_file():
+        if not (self._is_kept() and self._map_file()):
             self._ask_broker()
         assert self.mm is not None
         return self.mm
@@ -159,9 +164,21 @@ class RwLockedShm:
                 _C.set_limit(
                     get_ipc_name(self.file_path),
                     max_bytes=view.total_size,
-                    preset=not self._exists,
+                    preset=not self._lives,
                     address=_address(),
                 )
+
+    def _is_kept(self) -> bool:
+        """Whether an engine writes and reads the file, if there is one."""
+        folder, name = os.path.split(self.file_path)
+        if folder != SHM_DIR or not os.path.exists(self.file_path):
+            return True
+        try:
+            listed = json.loads(_C.list_instances(_address()))
+        except _C.Error:
+            # While its broker is away, an engine's figures are there, and a limit is not heard.
+            return self.lock_type == self.RLOCK
+        return _lives(name, listed)
 
     def _map_file(self) -> bool:
         try:
@@ -178,8 +195,10 @@ class RwLockedShm:
         return True
 
     def _ask_broker(self) -> None:
-        figures = _figures(get_ipc_name(self.file_path))
-        self._exists = figures is not None
+        name = get_ipc_name(self.file_path)
+        listed = _instances()
+        figures = _figures(name, listed)
+        self._lives = _lives(name, listed)
         if figures is None:
             if self.lock_type == self.RLOCK:
                 raise FileNotFoundError(
@@ -193,7 +212,7 @@ class RwLockedShm:
 
 def get_kv_cache_limit(ipc_name: str) -> MemInfoStruct | None:
     """Limit and figures of an instance as its broker has them; None: no such instance."""
-    return _figures(get_ipc_name(ipc_name))
+    return _figures(get_ipc_name(ipc_name), _instances())
 
 
 def update_kv_cache_limit(ipc_name: str, kv_cache_limit: int) -> MemInfoStruct | None:
@@ -208,14 +227,17 @@ def update_kv_cache_limit(ipc_name: str, kv_cache_limit: int) -> MemInfoStruct |
         if error.code == _C.NOT_FOUND:
             return None
         raise
-    return _figures(name)
+    return _figures(name, _instances())
 
 
 def init_kv_cache_limit(ipc_name: str, kv_cache_limit: int) -> MemInfoStruct:
-    """Sets the limit, in bytes, also for a name that no instance has yet."""
+    """Sets the limit, in bytes, also for a name that no instance has yet.
+
+    Needs a broker that runs: raises _C.Error where there is none.
+    """
     name = get_ipc_name(ipc_name)
     _C.set_limit(name, max_bytes=kv_cache_limit, preset=True, address=_address())
-    return _figures(name) or MemInfoStruct(kv_cache_limit, 0, 0)
+    return _figures(name, _instances()) or MemInfoStruct(kv_cache_limit, 0, 0)
 
 
 def delete_kv_cache_segment(ipc_name: str) -> bool:

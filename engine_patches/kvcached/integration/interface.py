@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvcached.kv_cache_manager import KVCacheManager
+from kvcached.log import get_kvcached_logger
 from kvcached.runtime import Group, runtime
 from kvcached.tensors import KVShape, make_tensors
 
@@ -22,16 +23,19 @@ def init(
     world_size: int | None,
     pp_rank: int,
 ) -> None:
-    """``world_size`` is another name of ``tp_size``."""
+    """``world_size`` is another name of ``tp_size``.
+
+    Ranks that are the default say nothing: those of an earlier call stay.
+    """
     if world_size is not None:
         if tp_size not in (1, world_size):
             raise ValueError(f"tp_size is {tp_size}, but world_size is {world_size}")
         tp_size = world_size
     runtime.init(
         engine=engine,
-        tp_rank=tp_rank,
-        tp_size=tp_size,
-        pp_rank=pp_rank,
+        tp_rank=tp_rank or None,
+        tp_size=None if tp_size == 1 and tp_rank == 0 else tp_size,
+        pp_rank=pp_rank or None,
         is_worker=is_worker,
         device=device,
         async_sched=async_sched,
@@ -62,6 +66,10 @@ def make(shape: KVShape, dtype: torch.dtype, device: object, group_id: int) -> M
     return Made(group, flat, make_tensors(flat, dtype, shape.views(group.layout)))
 
 
+def _room(group: Group, block_size: int, cell_size: int) -> int:
+    return group.layout.blocks * group.layout.unit_bytes // (block_size * cell_size)
+
+
 def make_manager(
     integration: str,
     num_blocks: int | None,
@@ -72,17 +80,30 @@ def make_manager(
     group_id: int,
     pool_name: str | None,
     reserve_null_block: bool,
+    clamp: bool = False,
 ) -> KVCacheManager:
-    """``num_blocks`` of None: as many as the group's tensors have."""
+    """``num_blocks`` of None: as many as the group's tensors have.
+
+    With ``clamp``, as many as they have where more were asked for, and a warning.
+    """
+    group = runtime.find_group(group_id)
     if num_blocks is None:
-        group = runtime.find_group(group_id)
         if group is None:
             raise ValueError(
                 f"num_blocks=None needs tensors of KV group {group_id}, made by alloc_kv_cache()"
             )
         if block_size <= 0 or cell_size <= 0:
             raise ValueError(f"a block of {block_size} cells of {cell_size} bytes has no memory")
-        num_blocks = group.layout.blocks * group.layout.unit_bytes // (block_size * cell_size)
+        num_blocks = _room(group, block_size, cell_size)
+    elif clamp and group is not None and group.has_tensors and block_size > 0 and cell_size > 0:
+        room = _room(group, block_size, cell_size)
+        if num_blocks > room > 0:
+            get_kvcached_logger().warning(
+                "num_blocks=%d, but the tensors of KV group %d have %d blocks of %d cells of %d "
+                "bytes; taking these",
+                *(num_blocks, group_id, room, block_size, cell_size),
+            )
+            num_blocks = room
     manager = KVCacheManager(
         num_blocks,
         block_size,

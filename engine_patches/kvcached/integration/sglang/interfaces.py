@@ -85,7 +85,9 @@ def get_kv_cache_manager(
 ) -> KVCacheManager:
     """The manager of a group's blocks, of ``block_size`` tokens each.
 
-    ``cell_size``: bytes of a token in one layer's K or V. Raises as KVCacheManager, and
+    ``cell_size``: bytes of a token in one layer's K or V. Where ``num_blocks`` is more than
+    the group's tensors have, it is what they have, with a warning: a count of tokens does.
+    Raises as KVCacheManager, and
     RuntimeError before init_kvcached().
     """
     runtime.check()
@@ -99,6 +101,7 @@ def get_kv_cache_manager(
         group_id,
         pool_name,
         reserve_null_block=reserve_null_block,
+        clamp=True,
     )
 
 
