@@ -51,8 +51,8 @@ def parse_bool(text: str) -> bool:
 
 _SIZE = re.compile(r"(\d+(?:[,_]\d+)*(?:\.\d+)?)\s*(?:B|([KMGT])(?:I?B)?)?", re.IGNORECASE)
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-# No device is larger.
-_MAX_SIZE = 1 << 52
+# No device is larger, and no broker takes a larger limit.
+MAX_SIZE = 1 << 52
 _MAX_PAGE_BYTES = 1 << 40
 # Pages and tokens are counted by less than this.
 _COUNT_END = 1 << 31
@@ -68,7 +68,7 @@ def parse_size(text: str) -> int:
     number = match.group(1).replace(",", "").replace("_", "")
     unit = _UNITS[(match.group(2) or "").upper()]
     size = float(number) * unit if "." in number else int(number) * unit
-    if size > _MAX_SIZE:
+    if size > MAX_SIZE:
         raise ValueError(text)
     return int(size)
 

@@ -600,15 +600,18 @@ class Runtime:
                 for other in self.groups()
                 if other is not group
             )
-            group.session.set_max(min(total, LIMIT_END - 1))
+            group.session.set_max(min(total, config.MAX_SIZE))
             group.limit = limit
 
     def set_instance_limit(self, limit: int) -> None:
-        """Of all groups together, in bytes, exactly. Raises KVCachedConfigError without a pool."""
+        """Of all groups together, in bytes, exactly, where a device could have as much.
+
+        Raises KVCachedConfigError without a pool.
+        """
         groups = self.groups()
         if not groups:
             raise KVCachedConfigError("there is no pool to limit yet")
-        groups[0].session.set_max(limit)
+        groups[0].session.set_max(min(limit, config.MAX_SIZE))
 
 
 def _put_amount(options: dict[str, Any], name: str, amount: config.Amount | None) -> None:

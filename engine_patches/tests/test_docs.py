@@ -43,7 +43,6 @@ class Examples(BrokerTest):
     TORCH = False
 
     def test_each_runs(self) -> None:
-        self.setenv(KVCACHED_IPC_NAME="docs")
         found = examples(self.TORCH)
         self.assertTrue(found)
         for line, code in found:

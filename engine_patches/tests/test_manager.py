@@ -14,7 +14,7 @@ from unittest import mock
 
 from broker import MIB, BrokerTest, environment, eventually, use_environment
 
-from kvcached import control, utils, vmm_ops
+from kvcached import config, control, utils, vmm_ops
 from kvcached.errors import KVCachedConfigError
 from kvcached.integration.sglang import interfaces as sglang
 from kvcached.integration.vllm import interfaces as vllm
@@ -334,7 +334,7 @@ class Making(BrokerTest):
 
     def test_a_manager_that_is_dropped_returns_its_blocks(self) -> None:
         vllm.init_kvcached(device="cpu")
-        mine = manager(reserve_null_block=True)
+        mine = manager()
         take(mine, 5)
         reserve(mine, 2)
         pool = mine.pool
@@ -375,6 +375,20 @@ class Making(BrokerTest):
         self.assertEqual((runtime.tp_rank, runtime.tp_size, runtime.pp_rank), (1, 2, 1))
         with self.assertRaises(ValueError):
             vllm.init_kvcached(tp_rank=2)
+
+    def test_sglangs_manager_takes_no_more_than_the_tensors_have(self) -> None:
+        sglang.init_kvcached(device="cpu")
+        layout = sglang.get_kv_cache_manager(100, 16, CELL, LAYERS, group_id=1).layout
+        runtime.open_for_tensors(0, layout)
+        with self.assertLogs("kvcached", "WARNING") as logs:
+            mine = sglang.get_kv_cache_manager(1600, 16, CELL, LAYERS)
+        self.assertIn("num_blocks=1600", logs.output[0])
+        self.assertEqual(mine.num_blocks, 100)
+        mine.shutdown()
+        with self.assertRaises(ValueError):
+            vllm.get_kv_cache_manager(1600, 16, CELL, LAYERS)
+        with self.assertNoLogs("kvcached", "WARNING"):
+            self.assertEqual(sglang.get_kv_cache_manager(100, 16, CELL, LAYERS).num_blocks, 100)
 
     def test_what_kvcacheds_own_callers_find(self) -> None:
         vllm.init_kvcached(device="cpu")
@@ -585,18 +599,39 @@ class Pages(BrokerTest):
         self.assertEqual(group.pool.used_blocks(), sorted(group.mapped_pages))
         self.assertEqual(group.coming_pages, set())
 
-    def test_one_that_waits_for_memory_gets_what_another_unmaps(self) -> None:
-        self.assertTrue(vmm_ops.map_to_kv_tensors([PAGE * page for page in range(8)]))
-        got: list[bool] = []
-        thread = threading.Thread(
-            target=lambda: got.append(vmm_ops.map_to_kv_tensors([8 * PAGE, 9 * PAGE]))
-        )
-        thread.start()
-        self.assertTrue(eventually(lambda: runtime.group(0).coming_pages))
-        self.assertTrue(vmm_ops.unmap_from_kv_tensors([0, PAGE]))
-        thread.join()
-        self.assertEqual(got, [True])
-        self.assertEqual(runtime.group(0).pool.used_blocks(), list(range(2, 10)))
+    def test_one_waits_for_the_page_that_another_is_having_mapped(self) -> None:
+        group = runtime.group(0)
+        self.assertTrue(vmm_ops.map_to_kv_tensors([3 * PAGE]))  # The blocks are pages now.
+        pool = group.pool
+        answers: list[object] = []
+        others: list[threading.Thread] = []
+
+        def other() -> None:
+            try:
+                answers.append(vmm_ops.map_to_kv_tensors([0, 2 * PAGE]))
+                answers.append(vmm_ops.unmap_from_kv_tensors([0]))
+            except Exception as error:
+                answers.append(error)
+
+        class Slow:
+            """The pool, whose first alloc_at another thread overtakes, if it can."""
+
+            def alloc_at(self, blocks: list[int], timeout_ms: int) -> bool:
+                if not others:
+                    others.append(threading.Thread(target=other))
+                    others[0].start()
+                    others[0].join(0.3)
+                return pool.alloc_at(blocks, timeout_ms)
+
+            def __getattr__(self, name: str) -> object:
+                return getattr(pool, name)
+
+        with mock.patch.object(group, "pool", Slow()):
+            answers.append(vmm_ops.map_to_kv_tensors([0, PAGE]))
+            others[0].join()
+        self.assertEqual(answers, [True, True, True])
+        self.assertEqual(pool.used_blocks(), [1, 2, 3])
+        self.assertEqual(group.mapped_pages, {1, 2, 3})
 
 
 class Limits(BrokerTest):
@@ -758,8 +793,14 @@ class Limits(BrokerTest):
                 call()
         self.assertEqual(mine.group.session.limits()[1], before)
         take(manager(group_id=1), 1)
-        mine.set_memory_limit((1 << 63) - 1, revision=1)
-        self.assertEqual(mine.group.session.limits()[1], (1 << 63) - 1)
+        for limit, set_limit in (
+            ((1 << 63) - 1, lambda limit: mine.set_memory_limit(limit, revision=1)),
+            ((1 << 63) - 2, lambda limit: control.set_instance_memory_limit(limit, revision=2)),
+        ):
+            self.assertEqual(mine.resize(3 * 2 * MIB), True)
+            self.assertEqual(set_limit(limit)["status"], "applied")
+            # More than any device has is the most that a broker can be told.
+            self.assertEqual(mine.group.session.limits()[1], config.MAX_SIZE)
 
     def test_what_int_takes_is_a_limit(self) -> None:
         mine = manager()
