@@ -387,8 +387,7 @@ class Making(BrokerTest):
         mine.shutdown()
         with self.assertRaises(ValueError):
             vllm.get_kv_cache_manager(1600, 16, CELL, LAYERS)
-        with self.assertNoLogs("kvcached", "WARNING"):
-            self.assertEqual(sglang.get_kv_cache_manager(100, 16, CELL, LAYERS).num_blocks, 100)
+        self.assertEqual(sglang.get_kv_cache_manager(90, 16, CELL, LAYERS).num_blocks, 90)
 
     def test_what_kvcacheds_own_callers_find(self) -> None:
         vllm.init_kvcached(device="cpu")
@@ -728,10 +727,8 @@ class Limits(BrokerTest):
 
             return told
 
-        with (
-            mock.patch.object(runtime, "set_instance_limit", hook(tell[0])),
-            mock.patch.object(runtime, "set_group_limit", hook(tell[1])),
-        ):
+        for_all = mock.patch.object(runtime, "set_instance_limit", hook(tell[0]))
+        with for_all, mock.patch.object(runtime, "set_group_limit", hook(tell[1])):
             first()  # type: ignore[operator]
             started[0].join()
 
