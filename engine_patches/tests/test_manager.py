@@ -8,7 +8,7 @@ import os
 import random
 import struct
 import threading
-import time
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -352,17 +352,17 @@ class Making(BrokerTest):
 
     def test_reserved_blocks_end_with_the_manager(self) -> None:
         vllm.init_kvcached(device="cpu")
-        for end in (lambda: mine.shutdown(), vllm.shutdown_kvcached):
-            mine = manager()
+        first, second = manager(), manager(group_id=1)
+        for mine, end in ((first, first.shutdown), (second, vllm.shutdown_kvcached)):
             reserve(mine, 2)
             end()
             self.assertEqual(mine.reserved_blocks, [])
             for call in (
-                lambda: mine.alloc(0),
-                lambda: mine.alloc(1),
-                lambda: mine.alloc(1 << 70),
-                lambda: mine.free([]),
-                lambda: mine.try_to_reserve(0),
+                partial(mine.alloc, 0),
+                partial(mine.alloc, 1),
+                partial(mine.alloc, 1 << 70),
+                partial(mine.free, []),
+                partial(mine.try_to_reserve, 0),
                 mine.available_size,
             ):
                 with self.assertRaises(RuntimeError):
@@ -387,7 +387,7 @@ class Making(BrokerTest):
         mine.shutdown()
         with self.assertRaises(ValueError):
             vllm.get_kv_cache_manager(1600, 16, CELL, LAYERS)
-        self.assertEqual(sglang.get_kv_cache_manager(90, 16, CELL, LAYERS).num_blocks, 90)
+        self.assertEqual(sglang.get_kv_cache_manager(100, 16, CELL, LAYERS).num_blocks, 100)
 
     def test_what_kvcacheds_own_callers_find(self) -> None:
         vllm.init_kvcached(device="cpu")
@@ -744,8 +744,8 @@ class Limits(BrokerTest):
         ):
             with self.subTest(revision=revision):
                 self.overtaken(
-                    lambda: set_limit(3 * PAGE, revision),
-                    lambda: set_limit(4 * PAGE, revision + 1),
+                    partial(set_limit, 3 * PAGE, revision),
+                    partial(set_limit, 4 * PAGE, revision + 1),
                 )
                 self.assertEqual(mine.group.session.limits()[1], 4 * PAGE)
                 self.assertEqual(mine.memory_limit_state()["limit_bytes"], 4 * PAGE)
