@@ -81,7 +81,7 @@ class BlockTable {
   BlockTable& operator=(BlockTable&&) = default;
 
   // All blocks' generations begin after this one, as if their contents had been
-  // given up once more. REQUIRES: no page is backed.
+  // given up once more. REQUIRES: no block is used or cached.
   void StartGenerationsAfter(BlockGeneration generation);
   BlockGeneration latest_generation() const;
 

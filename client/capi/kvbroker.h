@@ -320,7 +320,7 @@ int kvb_pool_try_alloc(kvb_pool* pool, size_t count,
 kvb_code kvb_pool_alloc_at(kvb_pool* pool, const int32_t* blocks, size_t count,
                            int64_t timeout_ms, int* taken,
                            char** error) KVB_NOEXCEPT;
-/* Other blocks on the same pages, while the pool holds none
+/* Other blocks on the same pages, while none is in use or cached
  * (KVB_FAILED_PRECONDITION). */
 kvb_code kvb_pool_set_blocks(kvb_pool* pool, uint64_t block_bytes,
                              uint32_t max_blocks, int reserve_null_block,

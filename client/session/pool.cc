@@ -266,14 +266,10 @@ absl::Status Pool::SetBlocks(Bytes block_bytes, uint32_t max_blocks,
   geometry.max_blocks = max_blocks;
   geometry.reserve_null_block = reserve_null_block;
   if (geometry == table_.geometry()) return absl::OkStatus();
-  const size_t taken = table_.pages(PageState::kRequested) +
-                       table_.pages(PageState::kBacked) +
-                       table_.pages(PageState::kReturning);
-  if (taken > 0 || !questions_.empty() || closed_) {
+  if (table_.used_blocks() > 0 || table_.cached_blocks() > 0 || closed_) {
     return absl::FailedPreconditionError(absl::StrCat(
-        "a pool's blocks can be changed while it holds no page and asks for "
-        "none; pages: ",
-        taken));
+        "a pool's blocks can be changed while none is in use or cached; in use: ",
+        table_.used_blocks(), ", cached: ", table_.cached_blocks()));
   }
   ASSIGN_OR_RETURN(BlockTable table, BlockTable::Create(geometry));
   if (slots_ == Slots::kBrokers &&
@@ -283,9 +279,28 @@ absl::Status Pool::SetBlocks(Bytes block_bytes, uint32_t max_blocks,
   }
   table.SetNow(clock_.Now());
   table.CompleteStep(table_.completed_step());
+  // Its pages stay, and are empty; those that are on their way come.
+  for (uint32_t i = 0; i < geometry.max_pages; ++i) {
+    const PageIndex page(i);
+    const PageState state = table_.page_state(page);
+    if (state == PageState::kAbsent) continue;
+    const bool leaves =
+        state == PageState::kReturning ||
+        (state == PageState::kBacked &&
+         (table_.page_tier(page) > PageTier::kInUse || table_.is_fenced(page)));
+    if (leaves || !table.TakeAbsentAt(page).ok()) {
+      return absl::FailedPreconditionError(absl::StrCat(
+          "a page is on its way out, or would hold no block: try again; page: ",
+          i));
+    }
+    if (state == PageState::kBacked) {
+      KVB_CHECK(table.Back(page, table_.page_generation(page)).ok());
+    }
+  }
   // Whoever remembers a block of before does not find it again.
   table.StartGenerationsAfter(table_.latest_generation());
   table_ = std::move(table);
+  Changed();
   return absl::OkStatus();
 }
 

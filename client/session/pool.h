@@ -128,8 +128,9 @@ class Pool {
   // is closed.
   absl::StatusOr<bool> AllocAt(absl::Span<const BlockId> blocks,
                                absl::Duration timeout);
-  // Other blocks on the same pages. FAILED_PRECONDITION: the pool holds or asks
-  // for pages. INVALID_ARGUMENT: no such geometry; it is as it was.
+  // Other blocks on the same pages, which stay. FAILED_PRECONDITION: a block is in
+  // use or cached, or a page is about to leave. INVALID_ARGUMENT: no such geometry.
+  // Then it is as it was.
   absl::Status SetBlocks(Bytes block_bytes, uint32_t max_blocks,
                          bool reserve_null_block);
   // See BlockTable for these; the step is the last one scheduled.

@@ -167,7 +167,7 @@ TEST_F(PoolBlocksTest, WhereTheBrokerChoosesPagesBlocksCannotBeNamed) {
             absl::StatusCode::kFailedPrecondition);
 }
 
-TEST_F(PoolBlocksTest, BlocksAreSetWhileThereIsNoPage) {
+TEST_F(PoolBlocksTest, BlocksAreSetWhileNoneIsUsed) {
   Make();
   ASSERT_TRUE(pool_->SetBlocks(KiB(8), 5, /*reserve_null_block=*/true).ok());
   EXPECT_EQ(pool_->block_geometry().block_ids(), 5);
@@ -181,9 +181,35 @@ TEST_F(PoolBlocksTest, BlocksAreSetWhileThereIsNoPage) {
   ASSERT_TRUE(*FinishAllocAt());
   absl::Status late = pool_->SetBlocks(KiB(4), 0, false);
   EXPECT_EQ(late.code(), absl::StatusCode::kFailedPrecondition);
-  EXPECT_THAT(std::string(late.message()), HasSubstr("pages: 1"));
+  EXPECT_THAT(std::string(late.message()), HasSubstr("in use: 1"));
   // What it is already may be said at any time.
   EXPECT_TRUE(pool_->SetBlocks(KiB(8), 5, true).ok());
+}
+
+TEST_F(PoolBlocksTest, PagesStayWhereBlocksAreSetAnew) {
+  options_.reserve_null_block = true;
+  Make();
+  StartAllocAt({1, 4});
+  Grant(session_.Await<Acquire>());
+  ASSERT_TRUE(*FinishAllocAt());
+  ASSERT_TRUE(pool_->Cache(std::vector<BlockId>{1, 4}).ok());
+  EXPECT_EQ(pool_->SetBlocks(KiB(8), 0, true).code(),
+            absl::StatusCode::kFailedPrecondition);
+  pool_->SetMaxCached(0);
+  ASSERT_TRUE(pool_->SetBlocks(KiB(8), 0, true).ok());
+  // The null block's page, and an empty one.
+  EXPECT_EQ(pool_->available_blocks(), 3u);
+  EXPECT_EQ(mapper_->mapped(), 2u);
+  ASSERT_TRUE(pool_->SetBlocks(KiB(4), 0, false).ok());
+  EXPECT_EQ(pool_->available_blocks(), 8u);
+  EXPECT_EQ(pool_->usage().idle, kPage * 2);
+  // What has been asked for meanwhile comes.
+  StartAllocAt({8});
+  Acquire asked = session_.Await<Acquire>();
+  ASSERT_TRUE(pool_->SetBlocks(KiB(4), 40, false).ok());
+  Grant(asked);
+  ASSERT_TRUE(*FinishAllocAt());
+  EXPECT_THAT(pool_->UsedBlocks(), ElementsAre(8));
 }
 
 TEST_F(PoolBlocksTest, NoMoreIsCachedThanMayBe) {

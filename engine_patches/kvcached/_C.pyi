@@ -157,9 +157,10 @@ class Pool:
     def set_blocks(
         self, block_bytes: int, max_blocks: int, reserve_null_block: bool
     ) -> None:
-        """Another block size, while the pool holds nothing.
+        """Another block size, while no block is in use or cached; pages stay.
 
-        FAILED_PRECONDITION: it holds pages. INVALID_ARGUMENT: no such geometry.
+        FAILED_PRECONDITION: one is, or a page is about to leave. INVALID_ARGUMENT: no
+        such geometry.
         """
     def trim(self) -> int:
         """Has all idle pages returned now, the reserve too; how many."""
