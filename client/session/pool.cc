@@ -154,7 +154,6 @@ absl::StatusOr<bool> Pool::AllocAt(absl::Span<const BlockId> blocks,
   }
   const absl::Time give_up = clock_.Now() + timeout;
   std::vector<Sequence> questions;
-  std::set<PageIndex> asked;
   while (true) {
     if (closed_ || gone_) {
       return absl::FailedPreconditionError("the pool is closed");
@@ -162,10 +161,8 @@ absl::StatusOr<bool> Pool::AllocAt(absl::Span<const BlockId> blocks,
     ASSIGN_OR_RETURN(Placement placement, Place(blocks));
     if (placement.ready) break;
     const absl::Time now = clock_.Now();
-    // What was asked for and is absent again was refused, or not mapped.
-    const bool refused =
-        std::any_of(placement.absent.begin(), placement.absent.end(),
-                    [&](PageIndex page) { return asked.contains(page); });
+    bool refused = false;
+    for (Sequence question : questions) refused |= refused_.erase(question) > 0;
     if (refused || !connected_ || now >= give_up) {
       Withdraw(questions);
       return false;
@@ -177,8 +174,8 @@ absl::StatusOr<bool> Pool::AllocAt(absl::Span<const BlockId> blocks,
                        "pages: ",
                        placement.absent.size(), ", most: ", kMaxPagesPerClaim));
     }
+    // Some may have come and gone again, as idle ones.
     if (!placement.absent.empty()) {
-      asked.insert(placement.absent.begin(), placement.absent.end());
       questions.push_back(AskFor(std::move(placement.absent), give_up - now));
     }
     ++missing_;
@@ -187,6 +184,7 @@ absl::StatusOr<bool> Pool::AllocAt(absl::Span<const BlockId> blocks,
   }
   RETURN_IF_ERROR(table_.AllocAt(blocks));
   guarded_ = 0;
+  for (Sequence question : questions) refused_.erase(question);
   Changed();
   return true;
 }
@@ -229,7 +227,7 @@ Sequence Pool::AskFor(std::vector<PageIndex> pages, absl::Duration deadline) {
   Question question;
   question.sequence = session_.NextSequence();
   question.urgency = Urgency::kRunning;
-  question.direct = true;
+  question.direct = question.awaited = true;
   question.at_least = question.want = static_cast<PageCount>(pages.size());
   for (PageIndex page : pages) KVB_CHECK(table_.TakeAbsentAt(page).ok());
   question.pages = std::move(pages);
@@ -247,6 +245,7 @@ Sequence Pool::AskFor(std::vector<PageIndex> pages, absl::Duration deadline) {
 }
 
 void Pool::Withdraw(absl::Span<const Sequence> questions) {
+  for (Sequence question : questions) refused_.erase(question);
   for (Question& question : questions_) {
     if (question.cancelled ||
         std::find(questions.begin(), questions.end(), question.sequence) ==
@@ -698,6 +697,10 @@ void Pool::OnGranted(const Granted& granted,
       if (!mapped.failed.empty()) {
         wished.retry_at = now + (device_error_.ok() ? kAskAgain : kLostPause);
       }
+    } else if (question->awaited) {
+      if (!mapped.failed.empty() && !question->cancelled) {
+        refused_.insert(question->sequence);
+      }
     } else if (!mapped.failed.empty()) {
       ahead_after_ = now + (device_error_.ok() ? kAheadPause : kLostPause);
     }
@@ -762,6 +765,8 @@ void Pool::OnRefused(const Refused& refused) {
     if (question.cancelled) {
       for (Wish& wished : wishes_) wished.retry_at = absl::InfinitePast();
     }
+  } else if (question.awaited) {
+    if (!question.cancelled) refused_.insert(question.sequence);
   } else if (!question.credit && !question.direct) {
     // A cancelled one leaves slots that the next may have been short of.
     wish(question.urgency).retry_at =
@@ -810,6 +815,7 @@ void Pool::OnDisconnected(const absl::Status& why, Memory memory) {
     }
   }
   questions_.clear();
+  refused_.clear();
   static_cast<void>(table_.Reopen(table_.closing_pages()));
   memory_came_.SignalAll();
 }

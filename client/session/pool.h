@@ -34,6 +34,7 @@
 #include <functional>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -226,6 +227,7 @@ class Pool {
     bool credit = false;
     // Of AllocAt, or for who polls: no wish stands behind it.
     bool direct = false;
+    bool awaited = false;  // by AllocAt, which looks into refused_
     PageCount at_least = 0;
     PageCount want = 0;
     // The slots for them; none where the broker chooses.
@@ -342,6 +344,7 @@ class Pool {
   int missing_ ABSL_GUARDED_BY(mu_) = 0;  // threads that wait in Alloc
   bool slow_broker_ ABSL_GUARDED_BY(mu_) = false;  // owes a running miss an answer
   std::vector<Question> questions_ ABSL_GUARDED_BY(mu_);
+  std::set<Sequence> refused_ ABSL_GUARDED_BY(mu_);  // or not mapped; awaited ones
   PageCount arriving_ ABSL_GUARDED_BY(mu_) = 0;  // granted, being mapped
   PageCount credit_ ABSL_GUARDED_BY(mu_) = 0;
   absl::Time credit_until_ ABSL_GUARDED_BY(mu_) = absl::InfinitePast();

@@ -142,6 +142,28 @@ TEST_F(PoolBlocksTest, ARefusalOfNamedBlocksIsAnAnswer) {
   EXPECT_TRUE(*FinishAllocAt());
 }
 
+TEST_F(PoolBlocksTest, PagesThatCameAndWentAgainAreAskedForAgain) {
+  Make();
+  StartAllocAt({5, 9});
+  Acquire first = session_.Await<Acquire>();
+  // Half of them: the rest is refused; so a page is there, idle, for a moment.
+  mapper_->FailNextMap();
+  Grant(first);
+  EXPECT_FALSE(*FinishAllocAt()) << "one could not be mapped";
+  StartAllocAt({9, 5});
+  Acquire second = session_.Await<Acquire>();
+  ASSERT_THAT(second.indexes, SizeIs(1));
+  // The other one goes before this one comes.
+  session_.TakeWakes();
+  std::thread trim([&] { pool_->Trim(); });
+  session_.AwaitWake();
+  pool_->Work();
+  trim.join();
+  Grant(second);
+  Grant(session_.Await<Acquire>());
+  EXPECT_TRUE(*FinishAllocAt());
+}
+
 TEST_F(PoolBlocksTest, NamedBlocksAreNotWaitedForPastTheirTime) {
   Make();
   EXPECT_FALSE(*pool_->AllocAt(std::vector<BlockId>{5}, absl::ZeroDuration()));
