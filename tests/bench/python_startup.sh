@@ -4,6 +4,13 @@
 #   tests/bench/python_startup.sh [PYTHON...] [-- OPTION...]
 set -euo pipefail
 
+case "${1:-}" in
+  -h | --help)
+    sed -n 's/^# \{0,1\}//p' "${BASH_SOURCE[0]}" | head -n 3
+    exit 0
+    ;;
+esac
+
 here="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 pythons=()
 while (($# > 0)) && [[ "$1" != -- ]]; do
