@@ -6,7 +6,7 @@ set -euo pipefail
 
 case "${1:-}" in
   -h | --help)
-    sed -n 's/^# \{0,1\}//p' "${BASH_SOURCE[0]}" | head -n 3
+    sed -n '2,4s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     exit 0
     ;;
 esac
