@@ -8,10 +8,6 @@
 namespace kvbroker::python {
 namespace {
 
-PyCFunction WithKeywords(PyCFunctionWithKeywords function) {
-  return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function));
-}
-
 // The library's text as a str, which frees it.
 PyObject* TakeText(char* text) {
   PyObject* result = PyUnicode_FromString(text);

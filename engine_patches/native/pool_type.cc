@@ -57,8 +57,11 @@ PyObject* Alloc(PyObject* self, PyObject* args, PyObject* keywords) {
   }
   kvb_pool* const pool = As(self)->pool;
   // More than there are ids can never be, and would only cost memory here.
-  if (static_cast<size_t>(count) > kvb_pool_block_ids(pool)) Py_RETURN_NONE;
   IntArray<int32_t> blocks;
+  if (static_cast<size_t>(count) > blocks.kInline &&
+      static_cast<size_t>(count) > kvb_pool_block_ids(pool)) {
+    Py_RETURN_NONE;
+  }
   if (!blocks.Resize(static_cast<Py_ssize_t>(count))) return nullptr;
   bool taken = kvb_pool_try_alloc(pool, blocks.size(), blocks.data());
   if (!taken && urgency != kNow) {
@@ -411,10 +414,6 @@ PyObject* Dlpack(PyObject* self, PyObject* args, PyObject* keywords) {
   return MakeCapsule(start + offset, bytes,
                      kvb_session_device(As(self)->state->session),
                      kvb_pool_retain_range(pool));
-}
-
-PyCFunction WithKeywords(PyCFunctionWithKeywords function) {
-  return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function));
 }
 
 }  // namespace

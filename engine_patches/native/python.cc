@@ -30,7 +30,7 @@ PyObject* RaiseAndFree(kvb_code code, char* error) {
 template <typename Int>
 bool IntArray<Int>::Resize(Py_ssize_t size) {
   size_ = static_cast<size_t>(size);
-  if (size_ <= sizeof(inline_) / sizeof(inline_[0])) {
+  if (size_ <= kInline) {
     data_ = inline_;
     return true;
   }

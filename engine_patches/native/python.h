@@ -53,17 +53,19 @@ PyObject* RaiseAndFree(kvb_code code, char* error);
 template <typename Int>
 class IntArray {
  public:
+  static constexpr size_t kInline = 128;
   // False: an exception is set.
   bool Read(PyObject* sequence);
 
   const Int* data() const { return data_; }
   Int* data() { return data_; }
   size_t size() const { return size_; }
-  // Room for `size`, whatever is in it. False: an exception is set.
+  // Room for `size`, whatever is in it; up to kInline without allocating. False: an
+  // exception is set.
   bool Resize(Py_ssize_t size);
 
  private:
-  Int inline_[128];
+  Int inline_[kInline];
   std::vector<Int> heap_;
   Int* data_ = inline_;
   size_t size_ = 0;
@@ -72,6 +74,11 @@ class IntArray {
 // A list of ints; null and an exception.
 template <typename Int>
 PyObject* ToList(const Int* values, size_t count);
+
+// For a PyMethodDef with METH_KEYWORDS.
+inline PyCFunction WithKeywords(PyCFunctionWithKeywords function) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function));
+}
 
 // How many; false and ValueError where it is negative.
 bool CheckCount(long long count, const char* what);

@@ -436,10 +436,6 @@ PyObject* IsClosed(PyObject* self, void*) {
   return PyBool_FromLong(As(self)->state->session == nullptr);
 }
 
-PyCFunction WithKeywords(PyCFunctionWithKeywords function) {
-  return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function));
-}
-
 }  // namespace
 
 SessionState* StateOf(PyObject* session) { return As(session)->state; }
