@@ -11,8 +11,12 @@ import unittest
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvcached import programs
+
+if TYPE_CHECKING:
+    from kvcached.kv_cache_manager import KVCacheManager
 
 MIB = 1 << 20
 # What tests with tensors use: on a machine with a GPU it may be "cuda:0".
@@ -36,6 +40,21 @@ def eventually(done: Callable[[], object], timeout_s: float = TIMEOUT_S) -> bool
             return False
         time.sleep(0.01)
     return True
+
+
+def take(mine: KVCacheManager, count: int) -> list[int]:
+    """Blocks, once there are so many: memory may take longer than an alloc waits."""
+    got: list[list[int]] = []
+
+    def taken() -> bool:
+        blocks = mine.alloc(count)
+        if blocks is not None:
+            got.append(blocks)
+        return blocks is not None
+
+    if not eventually(taken):
+        raise AssertionError(f"no {count} blocks; there are {mine.available_size()}")
+    return got[0]
 
 
 class Broker:
@@ -115,7 +134,8 @@ def environment(broker: Broker, **more: str) -> dict[str, str]:
     clean = {
         name: value
         for name, value in os.environ.items()
-        if name in ("KVBROKER_BIN_DIR", "KVCACHED_TEST_DEVICE") or not name.startswith(("KVBROKER_", "KVCACHED_"))
+        if name in ("KVBROKER_BIN_DIR", "KVCACHED_TEST_DEVICE")
+        or not name.startswith(("KVBROKER_", "KVCACHED_"))
     }
     return {
         **clean,

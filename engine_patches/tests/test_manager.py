@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
-from broker import MIB, BrokerTest, environment, eventually, use_environment
+from broker import MIB, BrokerTest, environment, eventually, take, use_environment
 
 from kvcached import config, control, utils, vmm_ops
 from kvcached.errors import KVCachedConfigError
@@ -30,21 +30,6 @@ PAGE = 2 * MIB * LAYERS * 2
 
 def manager(num_blocks: int = 1000, **more: object) -> KVCacheManager:
     return KVCacheManager(num_blocks, 16, CELL, LAYERS, **more)  # type: ignore[arg-type]
-
-
-def take(mine: KVCacheManager, count: int) -> list[int]:
-    """The host's memory may take longer to come than an alloc waits."""
-    got: list[list[int]] = []
-
-    def taken() -> bool:
-        blocks = mine.alloc(count)
-        if blocks is not None:
-            got.append(blocks)
-        return blocks is not None
-
-    if not eventually(taken):
-        raise AssertionError(f"no {count} blocks; there are {mine.available_size()}")
-    return got[0]
 
 
 def reserve(mine: KVCacheManager, count: int) -> None:

@@ -11,7 +11,7 @@ import tempfile
 import textwrap
 from pathlib import Path
 
-from broker import DEVICE, TIMEOUT_S, BrokerTest, eventually
+from broker import DEVICE, TIMEOUT_S, BrokerTest, eventually, take
 
 from kvcached import control
 from kvcached.errors import ForkedError
@@ -20,20 +20,6 @@ from kvcached.kv_cache_manager import KVCacheManager
 from kvcached.runtime import runtime
 
 CELL = 16 << 10
-
-
-def take(mine: KVCacheManager, count: int) -> list[int]:
-    got: list[list[int]] = []
-
-    def taken() -> bool:
-        blocks = mine.alloc(count)
-        if blocks is not None:
-            got.append(blocks)
-        return blocks is not None
-
-    if not eventually(taken):
-        raise AssertionError(f"no {count} blocks")
-    return got[0]
 
 
 PRELUDE = """

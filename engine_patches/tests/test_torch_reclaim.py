@@ -18,7 +18,7 @@ import time
 import unittest
 
 import torch
-from broker import DEVICE, TIMEOUT_S, BrokerTest, eventually
+from broker import DEVICE, TIMEOUT_S, BrokerTest, take
 
 from kvcached.integration.vllm import interfaces as vllm
 
@@ -80,17 +80,7 @@ class Cache:
         return count
 
     def take(self, count: int) -> list[int]:
-        got: list[list[int]] = []
-
-        def taken() -> bool:
-            blocks = self.manager.alloc(count)
-            if blocks is not None:
-                got.append(blocks)
-            return bool(got)
-
-        if not eventually(taken):
-            raise AssertionError(f"no {count} blocks")
-        return got[0]
+        return take(self.manager, count)
 
 
 class Neighbour:

@@ -8,7 +8,7 @@ import os
 import unittest
 
 import torch
-from broker import DEVICE, MIB, BrokerTest, eventually
+from broker import DEVICE, MIB, BrokerTest, eventually, take
 
 from kvcached import vmm_ops
 from kvcached.errors import KVCachedConfigError
@@ -31,20 +31,6 @@ DTYPES = [
     torch.float8_e4m3fnuz,
     torch.float8_e5m2fnuz,
 ]
-
-
-def take(mine: KVCacheManager, count: int) -> list[int]:
-    got: list[list[int]] = []
-
-    def taken() -> bool:
-        blocks = mine.alloc(count)
-        if blocks is not None:
-            got.append(blocks)
-        return blocks is not None
-
-    if not eventually(taken):
-        raise AssertionError(f"no {count} blocks")
-    return got[0]
 
 
 def raw(tensor: torch.Tensor) -> torch.Tensor:
