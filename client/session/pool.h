@@ -214,6 +214,9 @@ class Pool {
   absl::Status CheckInvariants();
 
  private:
+  // What the broker takes in one Acquire.
+  static constexpr PageCount kMaxPagesPerClaim = 65536;
+
   struct Wish {
     PageCount pages = 0;  // still missing; 0: none
     size_t blocks = 0;    // what the last try asked for
